@@ -1,0 +1,139 @@
+"""The `qsparse` command: one thin subcommand per verb. Each imports what it needs, so that --help is quick."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from .errors import UserError
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    from .conversion import convert_checkpoint
+
+    plan = convert_checkpoint(
+        arguments.source,
+        arguments.output,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+        overwrite=arguments.overwrite,
+        dry_run=arguments.dry_run,
+        revision=arguments.revision,
+        sparsity=arguments.sparsity,
+        sparsity_per_projection=dict(arguments.per_projection) or None,
+        sparsity_block_size=arguments.block_size,
+        sparsity_rescale=arguments.rescale,
+    )
+    print(("would write " if arguments.dry_run else "wrote ") + str(plan))
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from .training.run import train
+
+    train(arguments.config, arguments.overrides)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    from .report import report_checkpoint
+
+    print(report_checkpoint(arguments.model, arguments.text, arguments.output, arguments.tokens))
+
+
+def quickstart(arguments: argparse.Namespace) -> None:
+    from .quickstart import quickstart
+
+    quickstart(arguments.output)
+
+
+def _group_ratio(text: str) -> tuple[str, float | list[float]]:
+    group, _, ratios = text.partition("=")
+    values = [float(ratio) for ratio in ratios.split(",")]
+    return group, values[0] if len(values) == 1 else values
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the `qsparse` command."""
+    parser = argparse.ArgumentParser(
+        prog="qsparse", description="Large language models that run on a fraction of their activations."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(function: Callable, summary: str, example: str) -> argparse.ArgumentParser:
+        subparser = verbs.add_parser(
+            function.__name__,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        subparser.set_defaults(run=function)
+        return subparser
+
+    p = verb(
+        convert,
+        "Make a Q-Sparse checkpoint from a dense Llama, Mistral or Qwen2 one.",
+        "qsparse convert mistralai/Mistral-7B-v0.1 mistral-7b-qsparse --sparsity 0.5 --per-projection down=0.6",
+    )
+    p.add_argument("source", help="folder or Hub id of the dense checkpoint")
+    p.add_argument("output", help="folder to write")
+    p.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros, 0 <= S < 1 (default %(default)s)")
+    p.add_argument(
+        "--per-projection",
+        type=_group_ratio,
+        nargs="+",
+        default=[],
+        metavar="GROUP=S",
+        help="other ratios for qkv, o, gate_up or down; S is one number, or one per layer joined by commas",
+    )
+    p.add_argument("--block-size", type=int, metavar="M", help="top-K inside every M features (default: over all)")
+    p.add_argument("--rescale", default="none", help="none or l2 (default %(default)s; converted weights want none)")
+    p.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as in the source)")
+    p.add_argument("--max-shard-size", default="5GB", help="largest weight file (default %(default)s)")
+    p.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    p.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    p.add_argument("--dry-run", action="store_true", help="print what would be written and stop")
+
+    p = verb(
+        train,
+        "Train from a YAML file: from scratch or continuing a checkpoint.",
+        "qsparse train configs/train/continue_tiny.yaml model=my-checkpoint learning_rate=1e-4",
+    )
+    p.add_argument("config", help="YAML file; configs/train/ has examples")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the file's")
+
+    p = verb(
+        report,
+        "Measure sparsity and activated parameters per projection on given text.",
+        "qsparse report my-checkpoint --text README.md --output report/",
+    )
+    p.add_argument("model", help="folder or Hub id of a checkpoint, Q-Sparse or dense")
+    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files to run through the model")
+    p.add_argument("--tokens", type=int, default=4096, help="at most this many tokens (default %(default)s)")
+    p.add_argument("--output", metavar="DIR", help="also write sparsity.json and sparsity.png there")
+
+    p = verb(
+        quickstart,
+        "The whole path in a few minutes on a CPU: train a small dense model, convert it, continue-train, report.",
+        "qsparse quickstart --output quickstart",
+    )
+    p.add_argument(
+        "--output", default="quickstart", help="folder to write, replaced if it exists (default: %(default)s)"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; a mistake of the user's becomes one line on stderr and exit code 1."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"qsparse: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("qsparse: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The files that travel with a checkpoint: flat, and free of imports from the rest of the package."""

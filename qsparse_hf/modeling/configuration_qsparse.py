@@ -1,0 +1,113 @@
+"""Configurations of the Q-Sparse families: a dense family's own fields, and how sparse each projection's input is."""
+
+from dataclasses import dataclass
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+from .sparsity import check_block_size, check_rescale, check_sparsity
+
+PROJECTION_GROUPS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""The linear projections that read one sparsified input, by the name of their group."""
+
+# A top-K ranks whole rows. Gathering every projection's output leaves no input sharded, so each rank selects what a
+# single device would; Llama's own `rowwise` o_proj and down_proj would rank their shard alone.
+_TENSOR_PARALLEL_PLAN = {
+    f"layers.*.{block}.{projection}": "colwise_gather_output"
+    for block, groups in {"self_attn": ("qkv", "o"), "mlp": ("gate_up", "down")}.items()
+    for group in groups
+    for projection in PROJECTION_GROUPS[group]
+}
+
+
+@dataclass(kw_only=True, repr=False)
+class QSparseConfigMixin:
+    """The fields a Q-Sparse configuration adds to its dense family's.
+
+    Args:
+        sparsity: fraction of every projection's input that is set to zero, 0 <= sparsity < 1; 0 is the dense model.
+        sparsity_per_projection: other ratios for some of the groups `qkv`, `o`, `gate_up`, `down`; each value is one
+            ratio, or a list with one per layer.
+        sparsity_block_size: None for a top-K over all features, or `M` for a top-K inside every `M` of them.
+        sparsity_rescale: `"none"`, or `"l2"` to divide what survived by its L2 norm (not for converted models, whose
+            weights expect the input's own scale).
+        sparsity_ste: train with the straight-through estimator (eq. 13); False is the paper's ablation (eq. 12).
+
+    Raises:
+        huggingface_hub.errors.StrictDataclassError: a value outside these; the message names the field, the value
+            and what is allowed.
+    """
+
+    sparsity: float | int = 0.5
+    sparsity_per_projection: dict | None = None
+    sparsity_block_size: int | None = None
+    sparsity_rescale: str = "none"
+    sparsity_ste: bool = True
+
+    def validate_sparsity(self) -> None:
+        check_sparsity(self.sparsity)
+
+    def validate_sparsity_per_projection(self) -> None:
+        for group, value in (self.sparsity_per_projection or {}).items():
+            name = f"sparsity_per_projection[{group!r}]"
+            if group not in PROJECTION_GROUPS:
+                allowed = ", ".join(PROJECTION_GROUPS)
+                raise ValueError(f"sparsity_per_projection has an unknown group {group!r}; allowed are {allowed}")
+            if not isinstance(value, list | tuple):
+                check_sparsity(value, name)
+                continue
+            if len(value) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} must be one number or one per layer ({self.num_hidden_layers}), got {len(value)} numbers"
+                )
+            for layer, ratio in enumerate(value):
+                check_sparsity(ratio, f"{name}[{layer}]")
+
+    def validate_sparsity_block_size(self) -> None:
+        for features_name, features in {
+            "hidden_size": self.hidden_size,
+            "num_attention_heads * head_dim": self.attention_size,
+            "intermediate_size": self.intermediate_size,
+        }.items():
+            check_block_size(self.sparsity_block_size, features, "sparsity_block_size", features_name)
+
+    def validate_sparsity_rescale(self) -> None:
+        check_rescale(self.sparsity_rescale, "sparsity_rescale")
+
+    @property
+    def attention_size(self) -> int:
+        """Features of the attention output that `o_proj` reads."""
+        head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+        return self.num_attention_heads * head_dim
+
+    def projection_sparsity(self, group: str, layer: int) -> float:
+        """The ratio of one projection group (a key of `PROJECTION_GROUPS`) in one layer."""
+        value = (self.sparsity_per_projection or {}).get(group, self.sparsity)
+        return value[layer] if isinstance(value, list | tuple) else value
+
+
+QSPARSE_FIELDS = tuple(QSparseConfigMixin.__dataclass_fields__)
+"""Names of the fields of `QSparseConfigMixin`."""
+
+
+@strict
+class QSparseLlamaConfig(QSparseConfigMixin, LlamaConfig):
+    model_type = "qsparse_llama"
+    base_model_tp_plan = _TENSOR_PARALLEL_PLAN
+
+
+@strict
+class QSparseMistralConfig(QSparseConfigMixin, MistralConfig):
+    model_type = "qsparse_mistral"
+    base_model_tp_plan = _TENSOR_PARALLEL_PLAN
+
+
+@strict
+class QSparseQwen2Config(QSparseConfigMixin, Qwen2Config):
+    model_type = "qsparse_qwen2"
+    base_model_tp_plan = _TENSOR_PARALLEL_PLAN

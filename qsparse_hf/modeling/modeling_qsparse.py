@@ -1,0 +1,144 @@
+"""What all Q-Sparse families share: attention and feed-forward whose projections read sparsified inputs.
+
+A dense family's modules are built by its own code and then given a Q-Sparse class, which adds no parameters: state
+dicts stay those of the dense model. The sparsification stands in the parent's forward and the projections remain
+plain `nn.Linear`s, so adapters, quantizers and engines that replace a Linear all see the sparsified input.
+
+B batch, T tokens, D hidden size, H heads, d head size.
+"""
+
+import os
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+
+from .configuration_qsparse import QSparseConfigMixin
+from .sparsify import Sparsify
+
+
+def make_sparsify(config: QSparseConfigMixin, group: str, layer: int) -> Sparsify:
+    """The sparsification of one projection group's input in one layer."""
+    return Sparsify(
+        config.projection_sparsity(group, layer),
+        config.sparsity_block_size,
+        config.sparsity_rescale,
+        config.sparsity_ste,
+    )
+
+
+def declare_auto_model(model: PreTrainedModel) -> None:
+    """Name `model`'s base class in its config's `auto_map`, where saving adds only the class that is saved.
+
+    vLLM and feature extraction ask for `AutoModel`.
+    """
+    base = type(model.base_model)
+    model.config.auto_map = {"AutoModel": f"{base.__module__.split('.')[-1]}.{base.__name__}"}
+
+
+class QSparseAttention:
+    """Attention whose q, k, v share one sparsified input and whose o reads another; mixed into a family's own."""
+
+    sliding_window: int | None = None
+
+    def add_sparsify(self, config: QSparseConfigMixin, layer: int) -> None:
+        self.qkv_sparsify = make_sparsify(config, "qkv", layer)
+        self.o_sparsify = make_sparsify(config, "o", layer)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [B, T, D]
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        token_shape = hidden_states.shape[:-1]
+        head_shape = (*token_shape, -1, self.head_dim)
+
+        hidden_states = self.qkv_sparsify(hidden_states)
+        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # [B, H, T, d]
+        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        output = output.reshape(*token_shape, -1).contiguous()
+        return self.o_proj(self.o_sparsify(output)), weights
+
+
+class QSparseMLP:
+    """Gated feed-forward whose gate and up share one sparsified input and whose down reads another."""
+
+    def add_sparsify(self, config: QSparseConfigMixin, layer: int) -> None:
+        self.gate_up_sparsify = make_sparsify(config, "gate_up", layer)
+        self.down_sparsify = make_sparsify(config, "down", layer)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
+        x = self.gate_up_sparsify(x)
+        x = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(self.down_sparsify(x))
+
+
+class QSparsePreTrainedModel:
+    """What a family's base model and its causal LM both have; mixed in before the dense class."""
+
+    def scale_sparsity(self, factor: float) -> None:
+        """Run at `factor` times the configured sparsities: 0 is dense, 1 as configured. The config stays as it is.
+
+        Under `torch.compile` each new factor recompiles.
+        """
+        if not 0 <= factor <= 1:
+            raise ValueError(f"factor must be between 0 and 1, got {factor!r}")
+        for module in self.modules():
+            if isinstance(module, Sparsify):
+                module.factor = factor
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """As in Transformers; the folder also loads without this package through `trust_remote_code=True`."""
+        declare_auto_model(self)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class QSparseModel(QSparsePreTrainedModel):
+    """A decoder without its LM head. A family names the classes its attention and feed-forward take on."""
+
+    attention_class: type
+    mlp_class: type
+
+    def __init__(self, config: QSparseConfigMixin) -> None:
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn.__class__ = self.attention_class
+            layer.mlp.__class__ = self.mlp_class
+            layer.self_attn.add_sparsify(config, index)
+            layer.mlp.add_sparsify(config, index)
+
+
+class QSparseForCausalLM(QSparsePreTrainedModel):
+    """A decoder with its LM head. A family names its base model's class."""
+
+    base_class: type
+
+    def __init__(self, config: QSparseConfigMixin) -> None:
+        # The dense __init__ would build the dense base model, so it is said again here.
+        PreTrainedModel.__init__(self, config)
+        self.model = self.base_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()

@@ -1,0 +1,237 @@
+"""Measured sparsity and activated parameters, per projection group and layer."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .errors import UserError
+from .modeling.configuration_qsparse import PROJECTION_GROUPS
+from .modeling.sparsity import kept_features
+
+_GROUP_OF = {name: group for group, names in PROJECTION_GROUPS.items() for name in names}
+_PROJECTION = re.compile(rf"\blayers\.(\d+)\..*\b({'|'.join(_GROUP_OF)})$")
+_HEADINGS = {"qkv": "QKV", "o": "Out", "gate_up": "Gate/Up", "down": "Down"}
+
+
+def projections(model: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
+    """The linear projections of a Llama-like model as (layer, group, module), with adapters or without."""
+    for path, module in model.named_modules():
+        if (match := _PROJECTION.search(path)) and hasattr(module, "in_features"):
+            yield int(match[1]), _GROUP_OF[match[2]], module
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Weights of the projections, and those that one token reads at the configured sparsity (the paper's N and Na)."""
+    total = activated = 0
+    config = model.config
+    for layer, group, module in projections(model):
+        features = module.in_features
+        sparsity = config.projection_sparsity(group, layer) if hasattr(config, "projection_sparsity") else 0
+        block = getattr(config, "sparsity_block_size", None) or features
+        kept = features // block * kept_features(block, sparsity) if sparsity else features
+        total += module.out_features * features
+        activated += module.out_features * kept
+    return total, activated
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """What one or more forward passes read.
+
+    Attributes:
+        tokens: how many tokens were measured, padding left out.
+        sparsity: per layer, the fraction of zeros in the input of each projection group.
+        parameters: per layer, the weights of each projection group.
+    """
+
+    tokens: int
+    sparsity: list[dict[str, float]]
+    parameters: list[dict[str, int]]
+
+    @property
+    def projection_parameters(self) -> int:
+        """Weights of all projections, the paper's `N`."""
+        return sum(sum(layer.values()) for layer in self.parameters)
+
+    @property
+    def activated_parameters(self) -> int:
+        """Weights that a token reads on average, the paper's `Na = N (1 - S)`."""
+        return round(self.projection_parameters * (1 - self.overall))
+
+    @property
+    def overall(self) -> float:
+        """Sparsity of all projections' inputs, weighted by the weights that read them."""
+        return self._mean(PROJECTION_GROUPS)
+
+    def of_group(self, group: str) -> float:
+        """Sparsity of one projection group over all layers."""
+        return self._mean([group])
+
+    def _mean(self, groups: Iterable[str]) -> float:
+        pairs = [
+            (weights[group], sparsity[group])
+            for weights, sparsity in zip(self.parameters, self.sparsity, strict=True)
+            for group in groups
+        ]
+        return sum(weights * sparsity for weights, sparsity in pairs) / sum(weights for weights, _ in pairs)
+
+    def metrics(self) -> dict[str, float]:
+        """Flat numbers for a training log."""
+        groups = {f"sparsity/{group}": self.of_group(group) for group in PROJECTION_GROUPS}
+        return groups | {"sparsity/all": self.overall, "activated_parameters": self.activated_parameters}
+
+    def to_dict(self) -> dict:
+        """Everything, as JSON takes it."""
+        return {
+            "tokens": self.tokens,
+            "projection_parameters": self.projection_parameters,
+            "activated_parameters": self.activated_parameters,
+            "sparsity": {group: self.of_group(group) for group in PROJECTION_GROUPS} | {"all": self.overall},
+            "layers": [
+                {"sparsity": sparsity, "parameters": parameters}
+                for sparsity, parameters in zip(self.sparsity, self.parameters, strict=True)
+            ],
+        }
+
+    def __str__(self) -> str:
+        """A table like the paper's table 2, with a row per layer: percent of zeros in each projection's input."""
+        head = f"{'layer':>5}  {'activated':>10}  " + "  ".join(f"{h:>7}" for h in (*_HEADINGS.values(), "All"))
+        rows = []
+        for index, (sparsity, parameters) in enumerate(zip(self.sparsity, self.parameters, strict=True)):
+            layer = SparsityReport(self.tokens, [sparsity], [parameters])
+            rows.append(_row(str(index), layer))
+        return "\n".join((head, *rows, "-" * len(head), _row("all", self)))
+
+    def save_json(self, path: str | os.PathLike) -> None:
+        """Write `to_dict()` to `path`."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def save_plot(self, path: str | os.PathLike) -> None:
+        """Draw a heat map, layers by groups, as a PNG."""
+        from matplotlib.figure import Figure
+
+        percent = [[100 * layer[group] for group in PROJECTION_GROUPS] for layer in self.sparsity]
+        figure = Figure(figsize=(5, 1.5 + 0.25 * len(percent)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(percent, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+        axes.set_xticks(range(len(PROJECTION_GROUPS)), [_HEADINGS[group] for group in PROJECTION_GROUPS])
+        axes.set_yticks(range(len(percent)))
+        axes.set_ylabel("layer")
+        axes.set_title(f"Zeros in the input: {self.overall:.1%} over all")
+        for row, values in enumerate(percent):
+            for column, value in enumerate(values):
+                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="w" if value < 60 else "k")
+        figure.colorbar(image, label="percent")
+        figure.savefig(path, dpi=120)
+
+
+def _row(name: str, report: SparsityReport) -> str:
+    percents = [100 * report.of_group(group) for group in PROJECTION_GROUPS] + [100 * report.overall]
+    return f"{name:>5}  {_short(report.activated_parameters):>10}  " + "  ".join(f"{p:7.1f}" for p in percents)
+
+
+def _short(count: int) -> str:
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= unit:
+            return f"{count / unit:.2f}{name}"
+    return str(count)
+
+
+@torch.no_grad()
+def sparsity_report(model: nn.Module, batch: Tensor | Mapping | Iterable[Tensor | Mapping]) -> SparsityReport:
+    """Run `batch` through `model` and count the zeros that its projections read.
+
+    Args:
+        model: a Q-Sparse model or the dense one beside it; adapters and `torch.compile` do not matter.
+        batch: token ids `[B, T]`, or the keyword arguments of `model.forward`, or several of either. Positions that an
+            `attention_mask` `[B, T]` leaves out are not counted.
+
+    Raises:
+        ValueError: the model has no projections of these names, or the batch no tokens.
+    """
+    model = getattr(model, "_orig_mod", model)  # compiled code would not run the hooks
+    counters: dict[tuple[int, str], _ZeroCounter] = {}
+    parameters: dict[int, dict[str, int]] = {}
+    was_training = model.training
+    with ExitStack() as stack:
+        for layer, group, module in projections(model):
+            weights = parameters.setdefault(layer, dict.fromkeys(PROJECTION_GROUPS, 0))
+            weights[group] += module.in_features * module.out_features
+            if (layer, group) not in counters:  # the projections of a group read the same input
+                counters[layer, group] = counter = _ZeroCounter()
+                stack.callback(module.register_forward_pre_hook(counter).remove)
+        if not counters:
+            raise ValueError(f"{type(model).__name__} has no projections named {', '.join(_GROUP_OF)}")
+        stack.callback(model.train, was_training)
+        model.eval()
+        for inputs in [batch] if isinstance(batch, Tensor | Mapping) else batch:
+            inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+            inputs.pop("labels", None)
+            mask = inputs.get("attention_mask")
+            for counter in counters.values():
+                counter.mask = mask.bool() if mask is not None else None
+            model(**inputs, use_cache=False)
+
+    tokens = int(next(iter(counters.values())).tokens)
+    if tokens == 0:
+        raise ValueError("the batch holds no tokens")
+    sparsity = [{group: counters[layer, group].fraction() for group in parameters[layer]} for layer in parameters]
+    return SparsityReport(tokens, sparsity, list(parameters.values()))
+
+
+def report_checkpoint(
+    model: str, text_files: list[str], output: str | None = None, tokens: int = 4096, row_length: int = 512
+) -> SparsityReport:
+    """Load a checkpoint and report on text files; with `output`, write `sparsity.json` and `sparsity.png` there.
+
+    Args:
+        model: folder or Hub id, with its tokenizer.
+        tokens: at most this many tokens of the text are run, in rows of `row_length`.
+
+    Raises:
+        UserError: the checkpoint or a file cannot be read, or the text is empty.
+    """
+    try:
+        text = "\n".join(Path(file).read_text(encoding="utf-8", errors="replace") for file in text_files)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from error
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens])
+    if len(ids) == 0:
+        raise UserError(f"{', '.join(text_files)}: no text")
+    rows = [row[None] for row in ids.split(row_length)]
+    report = sparsity_report(loaded, tqdm(rows, desc="measuring", unit="row"))
+    if output is not None:
+        folder = Path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        report.save_json(folder / "sparsity.json")
+        report.save_plot(folder / "sparsity.png")
+    return report
+
+
+class _ZeroCounter:
+    """A forward pre-hook that counts zeros where `mask` is true."""
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.zeros = self.entries = self.tokens = 0
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor]) -> None:
+        x = args[0].detach()
+        x = x[self.mask.to(x.device)] if self.mask is not None else x.reshape(-1, x.shape[-1])
+        self.zeros += (x == 0).sum()  # stays on the device until `fraction`
+        self.entries += x.numel()
+        self.tokens += x.shape[0]
+
+    def fraction(self) -> float:
+        return int(self.zeros) / self.entries

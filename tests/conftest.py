@@ -1,0 +1,115 @@
+"""What all tests share: one tiny model per family, one tolerance per dtype, and processes that are really separate."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face's is imported
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+import qsparse_hf
+
+REPOSITORY = Path(__file__).parent.parent
+
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# Each family with what makes it differ: a window smaller than the test sequences, window layers, biases.
+FAMILIES = {
+    "llama": (LlamaConfig, qsparse_hf.QSparseLlamaConfig, {}),
+    "mistral": (MistralConfig, qsparse_hf.QSparseMistralConfig, {"sliding_window": 8}),
+    "qwen2": (
+        Qwen2Config,
+        qsparse_hf.QSparseQwen2Config,
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+}
+
+# Relative to the largest magnitude of what is expected: a few units in the last place over a handful of layers.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    error = (actual.double() - expected.double()).abs().max().item()
+    scale = expected.double().abs().max().item()
+    assert error <= TOLERANCE[expected.dtype] * max(scale, 1e-3), f"error {error} at scale {scale}"
+
+
+def dense_config(family: str, **fields) -> PreTrainedConfig:
+    return FAMILIES[family][0](**TINY | FAMILIES[family][2] | fields)
+
+
+def sparse_config(family: str, **fields) -> PreTrainedConfig:
+    return FAMILIES[family][1](**TINY | FAMILIES[family][2] | fields)
+
+
+def make(config: PreTrainedConfig, seed: int = 0, **kwargs) -> PreTrainedModel:
+    """A model with weights large enough that its logits differ from token to token."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, **kwargs).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+def make_pair(family: str, dtype: torch.dtype = torch.float32, **fields) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A dense model and its Q-Sparse twin with the same weights."""
+    dense = make(dense_config(family), dtype=dtype)
+    sparse = make(sparse_config(family, **fields), dtype=dtype)
+    sparse.load_state_dict(dense.state_dict())
+    return dense, sparse
+
+
+def run_python(code: str, *arguments, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+    """Run `code` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        check=check,
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | env,
+    )
+
+
+def run_qsparse(*arguments) -> subprocess.CompletedProcess:
+    """Run the `qsparse` command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "qsparse_hf.cli", *map(str, arguments)], capture_output=True, text=True, cwd=REPOSITORY
+    )
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """`[2, 24]`, longer than the families' windows."""
+    return torch.randint(3, TINY["vocab_size"], (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    if not torch.cuda.is_available():
+        items[:] = [item for item in items if "gpu" not in item.keywords]

@@ -1,0 +1,328 @@
+"""Every family through one suite, from the public door: what a Transformers user expects of a causal LM."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+from conftest import FAMILIES, REPOSITORY, TINY, assert_close, dense_config, make, make_pair, run_python, sparse_config
+from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+
+import qsparse_hf
+from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
+from qsparse_hf.modeling.sparsity import kept_features
+from qsparse_hf.report import projections
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def projection_inputs(model, **inputs) -> dict[tuple[int, str], list[torch.Tensor]]:
+    """What each projection of a (layer, group) reads in one forward pass."""
+    read = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, key=(layer, group): read.setdefault(key, []).append(args[0]))
+        for layer, group, module in projections(model)
+    ]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return read
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_at_sparsity_zero_the_model_is_the_dense_one_bit_for_bit(family, dtype, tokens):
+    dense, sparse = make_pair(family, dtype, sparsity=0)
+    assert list(sparse.state_dict()) == list(dense.state_dict())
+    assert torch.equal(sparse(tokens).logits, dense(tokens).logits)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_every_projection_reads_a_sparsified_input_that_its_group_shares(family, attention, tokens):
+    ratios = {"o": [0.25, 0.75], "down": 0.6}
+    model = make(sparse_config(family, sparsity_per_projection=ratios), attn_implementation=attention)
+    read = projection_inputs(model, input_ids=tokens)
+    expected = {"qkv": [0.5, 0.5], "o": [0.25, 0.75], "gate_up": [0.5, 0.5], "down": [0.6, 0.6]}
+    assert len(read) == 2 * len(PROJECTION_GROUPS)
+    for (layer, group), inputs in read.items():
+        assert len(inputs) == len(PROJECTION_GROUPS[group])
+        assert all(x is inputs[0] for x in inputs)
+        kept = kept_features(inputs[0].shape[-1], expected[group][layer])
+        assert ((inputs[0] != 0).sum(-1) == kept).all()
+
+
+def test_blocks_keep_the_same_number_everywhere(family, tokens):
+    model = make(sparse_config(family, sparsity_block_size=16, sparsity=0.75))
+    for (x, *_) in projection_inputs(model, input_ids=tokens).values():
+        assert ((x.unflatten(-1, (-1, 16)) != 0).sum(-1) == 4).all()
+
+
+def test_families_keep_what_makes_them_differ(tokens):
+    mistral, qwen2 = make(sparse_config("mistral")), make(sparse_config("qwen2"))
+    assert qwen2.model.layers[0].self_attn.q_proj.bias is not None
+    assert qwen2.config.layer_types == ["full_attention", "sliding_attention"]
+    assert [layer.self_attn.sliding_window for layer in qwen2.model.layers] == [None, 8]
+    assert [layer.self_attn.sliding_window for layer in mistral.model.layers] == [8, 8]
+    # Two layers of window 8 see 15 tokens: the 24th does not notice the first.
+    changed = tokens.clone()
+    changed[:, 0] = (tokens[:, 0] + 1) % TINY["vocab_size"]
+    assert torch.equal(mistral(tokens).logits[:, -1], mistral(changed).logits[:, -1])
+    assert not torch.equal(qwen2(tokens).logits[:, -1], qwen2(changed).logits[:, -1])
+
+
+def test_registered_classes(family, tmp_path):
+    model = make(sparse_config(family))
+    model.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is FAMILIES[family][1]
+    causal_lm = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(causal_lm) is type(model)
+    assert type(AutoModel.from_pretrained(tmp_path)) is type(causal_lm.model)
+    assert type(causal_lm.model).__name__ == type(model).__name__.replace("ForCausalLM", "Model")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"sparsity": 1.0}, "sparsity .*0 <= sparsity < 1.* got 1.0"),
+        ({"sparsity": -0.1}, "sparsity .* got -0.1"),
+        ({"sparsity": float("nan")}, "sparsity .* got nan"),
+        ({"sparsity": "x"}, "'sparsity' .*'x'.*float"),
+        ({"sparsity_block_size": 24}, r"sparsity_block_size .* divides hidden_size \(64\), got 24"),
+        ({"sparsity_block_size": 64}, r"sparsity_block_size .* divides intermediate_size \(96\), got 64"),
+        ({"sparsity_per_projection": {"gate": 0.5}}, "'gate'.* qkv, o, gate_up, down"),
+        ({"sparsity_per_projection": {"o": 1.5}}, r"sparsity_per_projection\['o'\] .* got 1.5"),
+        ({"sparsity_per_projection": {"o": [0.5]}}, r"sparsity_per_projection\['o'\] .*one per layer \(2\), got 1"),
+        ({"sparsity_per_projection": {"o": [0.5, "x"]}}, r"sparsity_per_projection\['o'\]\[1\] .* got 'x'"),
+        ({"sparsity_rescale": "l1"}, "sparsity_rescale .*'none', 'l2', got 'l1'"),
+        ({"sparsity_ste": "no"}, "'sparsity_ste' .*bool.*'no'"),
+    ],
+)
+def test_bad_fields_raise_at_construction(family, fields, said):
+    with pytest.raises(StrictDataclassError) as error:
+        sparse_config(family, **fields)
+    import re
+
+    assert re.search(said, str(error.value), re.DOTALL)
+
+
+def test_eager_and_sdpa_agree_and_outputs_are_captured(family, tokens):
+    sdpa = make(sparse_config(family, sparsity=0.25))
+    eager = make(sparse_config(family, sparsity=0.25), attn_implementation="eager")
+    out = eager(tokens, output_hidden_states=True, output_attentions=True)
+    assert len(out.hidden_states) == 3
+    assert [tuple(weights.shape) for weights in out.attentions] == [(2, 4, 24, 24)] * 2
+    # Rounding may swap the features at the edge of a top-K, so the two are compared where none is taken.
+    for model in (eager, sdpa):
+        model.scale_sparsity(0)
+    assert_close(sdpa(tokens).logits, eager(tokens).logits)
+
+
+def test_flash_attention_is_selectable_as_in_the_dense_model(family):
+    # Neither machine of the tests has flash-attn: both models must give the same reason.
+    reasons = []
+    for config in (dense_config(family), sparse_config(family)):
+        with pytest.raises(ImportError) as error:
+            AutoModelForCausalLM.from_config(config, attn_implementation="flash_attention_2")
+        reasons.append(str(error.value))
+    assert reasons[0] == reasons[1]
+
+
+def test_generation_modes_agree(family, tokens):
+    model = make(sparse_config(family))
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    greedy = model.generate(tokens, **options)
+    assert greedy.shape == (2, 36)
+    assert torch.equal(model.generate(tokens, use_cache=False, **options), greedy)
+    assert torch.equal(model.generate(tokens, cache_implementation="static", **options), greedy)
+    assert model.generate(tokens, num_beams=3, **options).shape == (2, 36)
+    assistant = make(sparse_config(family, num_hidden_layers=1), seed=3)
+    assisted = model.generate(tokens[:1], assistant_model=assistant, **options)
+    assert torch.equal(assisted, model.generate(tokens[:1], **options))
+
+
+def test_left_padding_changes_nothing(family, tokens):
+    model = make(sparse_config(family))
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), tokens], dim=1)
+    mask = (torch.arange(29) >= 5).long().expand(2, -1)
+    positions = (torch.arange(29) - 5).clamp_min(0).expand(2, -1)
+    with torch.no_grad():
+        logits = model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:]
+        assert_close(logits, model(tokens).logits)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(family, tokens):
+    model = make(sparse_config(family)).train()
+    gradients = []
+    for enable in (None, model.gradient_checkpointing_enable):
+        if enable:
+            enable()
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
+def test_straight_through_gradients_reach_the_lower_layers_undimmed(family, tokens):
+    norms = {}
+    for ste in (True, False):
+        model = make(sparse_config(family, sparsity=0.75, sparsity_ste=ste))
+        model(tokens, labels=tokens).loss.backward()
+        norms[ste] = model.model.embed_tokens.weight.grad.norm().item()
+    assert norms[True] > 1.5 * norms[False]  # fig. 2
+
+
+def test_torch_compile(family, tokens):
+    model = make(sparse_config(family))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    model.scale_sparsity(0)
+    assert_close(compiled(tokens).logits, model(tokens).logits)
+    model.scale_sparsity(1)
+    dense, sparse = model(tokens).logits, compiled(tokens).logits
+    assert sparse.shape == dense.shape
+    assert (sparse - dense).abs().mean() < 0.05 * dense.abs().mean()
+
+
+def test_resize_token_embeddings(family, tokens):
+    model = make(sparse_config(family))
+    before = model(tokens).logits
+    model.resize_token_embeddings(160)
+    after = model(tokens).logits
+    assert after.shape[-1] == 160
+    assert_close(after[..., :128], before)
+
+
+def test_scale_sparsity(family, tokens):
+    dense, model = make_pair(family)
+    configured = model(tokens).logits
+    model.scale_sparsity(0)
+    assert torch.equal(model(tokens).logits, dense(tokens).logits)
+    model.scale_sparsity(0.5)
+    for (x, *_) in projection_inputs(model, input_ids=tokens).values():
+        assert ((x != 0).sum(-1) == kept_features(x.shape[-1], 0.25)).all()
+    model.scale_sparsity(1)
+    assert torch.equal(model(tokens).logits, configured)
+    with pytest.raises(ValueError, match=r"between 0 and 1, got 1.5"):
+        model.scale_sparsity(1.5)
+
+
+def test_lora_merged_and_unmerged_agree(family, tokens):
+    model = make(sparse_config(family), dtype=torch.float64)
+    targets = [name for names in PROJECTION_GROUPS.values() for name in names]
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    with torch.no_grad():
+        unmerged = adapted(tokens).logits
+        merged = adapted.merge_and_unload()(tokens).logits
+    assert_close(merged, unmerged)
+
+
+def test_lora_has_default_targets(family):
+    adapted = get_peft_model(make(sparse_config(family)), LoraConfig(r=2))
+    assert {name.split(".")[-3] for name, _ in adapted.named_parameters() if "lora_A" in name} == {"q_proj", "v_proj"}
+
+
+def test_label_smoothing_shifts_labels(family, tmp_path, tokens):
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    batch = {"input_ids": tokens, "labels": tokens}
+    dense, sparse = make_pair(family, sparsity=0)
+    losses = [Trainer(model, arguments).compute_loss(model, dict(batch)).item() for model in (dense, sparse)]
+    assert losses[0] == losses[1]
+
+
+def test_text_generation_pipeline_and_device_map(family, tmp_path):
+    make(sparse_config(family)).save_pretrained(tmp_path)
+    vocabulary = {f"w{i}": i for i in range(TINY["vocab_size"])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0").save_pretrained(tmp_path)
+    generate = pipeline("text-generation", model=str(tmp_path), device_map="auto")
+    text = generate("w5 w6", max_new_tokens=4, min_new_tokens=4, do_sample=False)[0]["generated_text"]
+    assert text.startswith("w5 w6 w")
+    assert len(text.split()) == 6
+
+
+REMOTE = """
+import json, sys
+sys.modules["qsparse_hf"] = None  # as if it were not installed
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+folder, tokens, logits = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+assert type(base).__name__ == type(model.model).__name__
+tokens = load_file(tokens)["tokens"]
+with torch.no_grad():
+    save_file({"logits": model(tokens).logits}, logits)
+model.save_pretrained(folder + "-again")
+assert torch.equal(AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)(tokens).logits,
+                   model(tokens).logits)
+"""
+
+
+def test_loads_without_this_package_and_with_it_the_local_classes_win(family, tmp_path, tokens):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    model = make(sparse_config(family, sparsity_per_projection={"down": [0.25, 0.75]}))
+    model.save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["auto_map"].keys() == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+    }
+    save_file({"tokens": tokens}, tmp_path / "tokens")
+    modules = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    run_python(REMOTE, folder, tmp_path / "tokens", tmp_path / "logits", **modules)
+    assert torch.equal(load_file(tmp_path / "logits")["logits"], model(tokens).logits)
+
+    local = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(local) is type(model)
+
+
+TENSOR_PARALLEL = """
+import sys, torch, torch.distributed as dist
+import qsparse_hf
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+folder, tokens, logits = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+assert model.model.layers[0].mlp.down_proj.weight.to_local().shape[0] == 32, "not sharded"
+with torch.no_grad():
+    out = model(load_file(tokens)["tokens"]).logits
+expected = load_file(logits)["logits"]
+assert (out - expected).abs().max() <= 1e-4 * expected.abs().max(), (out - expected).abs().max()
+dist.destroy_process_group()
+"""
+
+
+def test_tensor_parallel_selects_what_one_process_does(tmp_path, tokens):
+    import subprocess
+
+    from safetensors.torch import save_file
+
+    model = make(sparse_config("llama"))
+    model.save_pretrained(tmp_path / "model")
+    save_file({"tokens": tokens}, tmp_path / "tokens")
+    save_file({"logits": model(tokens).logits}, tmp_path / "logits")
+    script = tmp_path / "tensor_parallel.py"
+    script.write_text(TENSOR_PARALLEL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", str(script)]
+    command += [str(tmp_path / name) for name in ("model", "tokens", "logits")]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_public_names():
+    for family in ("Llama", "Mistral", "Qwen2"):
+        for kind in ("Config", "Model", "ForCausalLM"):
+            assert hasattr(qsparse_hf, f"QSparse{family}{kind}")
