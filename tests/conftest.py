@@ -10,8 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import qsparse_hf
@@ -113,3 +121,24 @@ def tokens() -> Tensor:
 def pytest_collection_modifyitems(config, items) -> None:
     if not torch.cuda.is_available():
         items[:] = [item for item in items if "gpu" not in item.keywords]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer within the tiny vocabulary, for ASCII text; every text ends with `<end>` (2)."""
+    specials = ["<pad>", "<start>", "<end>"]
+    letters = sorted({chr(code) for code in range(33, 127)} | {"Ġ", "Ċ"})
+    vocabulary = {token: index for index, token in enumerate([*specials, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, tiny_tokenizer) -> Path:
+    """A Q-Sparse Llama on disk, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    make(sparse_config("llama")).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder

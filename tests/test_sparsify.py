@@ -31,7 +31,16 @@ def select(row: list[float], kept: int) -> set[int]:
 
 @pytest.mark.parametrize(
     ("features", "sparsity", "kept"),
-    [(4, 0.5, 2), (5, 0.5, 3), (3, 0.5, 2), (1, 0.9, 1), (10, 0.99, 1), (4096, 0.6, 1638), (11008, 0.75, 2752), (32, 0.4, 19)],
+    [
+        (4, 0.5, 2),
+        (5, 0.5, 3),
+        (3, 0.5, 2),
+        (1, 0.9, 1),
+        (10, 0.99, 1),
+        (4096, 0.6, 1638),
+        (11008, 0.75, 2752),
+        (32, 0.4, 19),
+    ],
 )
 def test_kept_features_rounds_half_up_and_keeps_one(features, sparsity, kept):
     assert kept_features(features, sparsity) == kept

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from .sparsity import check_block_size, check_rescale, check_sparsity
@@ -43,14 +43,11 @@ class QSparseConfigMixin:
             and what is allowed.
     """
 
-    sparsity: float | int = 0.5
+    sparsity: float | int = validated_field(check_sparsity, default=0.5)
     sparsity_per_projection: dict | None = None
     sparsity_block_size: int | None = None
-    sparsity_rescale: str = "none"
+    sparsity_rescale: str = validated_field(lambda value: check_rescale(value, "sparsity_rescale"), default="none")
     sparsity_ste: bool = True
-
-    def validate_sparsity(self) -> None:
-        check_sparsity(self.sparsity)
 
     def validate_sparsity_per_projection(self) -> None:
         for group, value in (self.sparsity_per_projection or {}).items():
@@ -75,9 +72,6 @@ class QSparseConfigMixin:
             "intermediate_size": self.intermediate_size,
         }.items():
             check_block_size(self.sparsity_block_size, features, "sparsity_block_size", features_name)
-
-    def validate_sparsity_rescale(self) -> None:
-        check_rescale(self.sparsity_rescale, "sparsity_rescale")
 
     @property
     def attention_size(self) -> int:

@@ -122,6 +122,7 @@ class QSparseModel(QSparsePreTrainedModel):
     mlp_class: type
 
     def __init__(self, config: QSparseConfigMixin) -> None:
+        config.validate()  # fields may have been set since the config was made
         super().__init__(config)
         for index, layer in enumerate(self.layers):
             layer.self_attn.__class__ = self.attention_class

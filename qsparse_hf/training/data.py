@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
@@ -149,10 +149,10 @@ def pack_dataset(
     def rows(tokenized: Dataset) -> Iterator[dict[str, list[int]]]:
         return pack((row["tokens"] for row in tokenized), tokenizer.eos_token_id, sequence_length)
 
-    packed = Dataset.from_generator(rows, gen_kwargs={"tokenized": tokenized})
-    if len(packed) == 0:
+    if next(rows(tokenized), None) is None:
         raise UserError(f"{len(documents)} document(s) hold less than one sequence of {sequence_length} tokens")
-    return packed
+    features = Features(dict.fromkeys(("input_ids", "position_ids"), List(Value("int32"))))
+    return Dataset.from_generator(rows, features, gen_kwargs={"tokenized": tokenized})
 
 
 def collate_packed(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -1,10 +1,14 @@
 """One YAML file is one training run, from scratch or from a checkpoint."""
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -25,8 +29,8 @@ class ModelArguments:
         default=None, metadata={"help": "Or a model configuration (JSON) to train from scratch."}
     )
     tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer folder or Hub id; default: the model's."})
-    model_fields: dict | str = field(
-        default_factory=dict, metadata={"help": "Fields of the configuration to change, {sparsity: 0.6} for instance."}
+    model_fields: str = field(
+        default="{}", metadata={"help": "Fields of the configuration to change, {sparsity: 0.6} for instance."}
     )
     dtype: str = field(default="float32", metadata={"help": "Of the weights; use bf16: true for mixed precision."})
 
@@ -35,8 +39,12 @@ class ModelArguments:
             raise UserError("give either model (a checkpoint to continue) or config (to train from scratch)")
         if self.config and not self.tokenizer:
             raise UserError("training from scratch needs a tokenizer")
-        if isinstance(self.model_fields, str):
-            self.model_fields = json.loads(self.model_fields)
+        try:
+            self.fields = json.loads(self.model_fields)
+        except ValueError:
+            self.fields = None
+        if not isinstance(self.fields, dict):
+            raise UserError(f"model_fields must be {{field: value, ...}}, got {self.model_fields!r}")
 
 
 class _LossBar(ProgressCallback):
@@ -47,6 +55,18 @@ class _LossBar(ProgressCallback):
             shown = {name: logs[name] for name in ("loss", "eval_loss", "sparsity/all") if name in logs}
             self._shown = getattr(self, "_shown", {}) | shown
             self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in self._shown.items()})
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML where `no` and `off` are words, as `save_strategy: no` means them; only true and false are booleans."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|false|False)$"), list("tTfF"))
 
 
 class _Parser(HfArgumentParser):
@@ -61,7 +81,7 @@ def parse(config: str, overrides: list[str]) -> tuple[ModelArguments, DataArgume
         UserError: an unreadable file, an unknown key or a value of the wrong type.
     """
     try:
-        values = yaml.safe_load(Path(config).read_text())
+        values = yaml.load(Path(config).read_text(), _Loader)
     except OSError as error:
         raise UserError(f"{config}: {error.strerror}") from None
     except yaml.YAMLError as error:
@@ -73,7 +93,7 @@ def parse(config: str, overrides: list[str]) -> tuple[ModelArguments, DataArgume
         if not equals:
             raise UserError(f"overrides look like key=value, got {override!r}")
         try:
-            values[key] = yaml.safe_load(value)
+            values[key] = yaml.load(value, _Loader)
         except yaml.YAMLError:
             values[key] = value
 
@@ -94,17 +114,23 @@ def parse(config: str, overrides: list[str]) -> tuple[ModelArguments, DataArgume
         raise UserError(f"{config}: {error}") from error
 
 
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise UserError(str(error.__cause__)) from error
+    except (OSError, ValueError) as error:
+        raise UserError(str(error).strip().splitlines()[0]) from error
+
+
 def load_model(arguments: ModelArguments) -> PreTrainedModel:
     """The model to train: a checkpoint's, or one of a configuration with fresh weights."""
-    try:
+    with _one_line_errors():
         if arguments.model:
-            return AutoModelForCausalLM.from_pretrained(
-                arguments.model, dtype=arguments.dtype, **arguments.model_fields
-            )
-        config = AutoConfig.from_pretrained(arguments.config, **arguments.model_fields)
+            return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **arguments.fields)
+        config = AutoConfig.from_pretrained(arguments.config, **arguments.fields)
         return AutoModelForCausalLM.from_config(config, dtype=arguments.dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
 
 
 def train(config: str, overrides: list[str] | None = None) -> QSparseTrainer:
@@ -121,7 +147,9 @@ def train(config: str, overrides: list[str] | None = None) -> QSparseTrainer:
     resume = _checkpoint_to_resume(training_arguments)
     set_seed(training_arguments.seed)
 
-    tokenizer = AutoTokenizer.from_pretrained(model_arguments.tokenizer or model_arguments.model)
+    with _one_line_errors():
+        tokenizer = AutoTokenizer.from_pretrained(model_arguments.tokenizer or model_arguments.model)
+    model = load_model(model_arguments)
     with training_arguments.main_process_first(desc="preparing data"):
         train_set, eval_set = (
             pack_dataset(documents, tokenizer, data_arguments.text_column, data_arguments.sequence_length)
@@ -131,7 +159,7 @@ def train(config: str, overrides: list[str] | None = None) -> QSparseTrainer:
         )
 
     trainer = QSparseTrainer(
-        model=load_model(model_arguments),
+        model=model,
         args=training_arguments,
         train_dataset=train_set,
         eval_dataset=eval_set,

@@ -33,6 +33,10 @@ class QSparseTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.sparsity_ramp_steps < 0:
             raise UserError(f"sparsity_ramp_steps must be at least 0, got {self.sparsity_ramp_steps}")
+        if 0 < self.max_steps < self.sparsity_ramp_steps:
+            raise UserError(
+                f"sparsity_ramp_steps must be at most max_steps ({self.max_steps}), got {self.sparsity_ramp_steps}"
+            )
         if self.sparsity_ramp_levels < 1:
             raise UserError(f"sparsity_ramp_levels must be at least 1, got {self.sparsity_ramp_levels}")
 

@@ -1,0 +1,92 @@
+"""Measured sparsity against hand-counted zeros."""
+
+import json
+
+import pytest
+import torch
+from conftest import dense_config, make, run_qsparse, sparse_config
+from peft import LoraConfig, get_peft_model
+
+from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
+from qsparse_hf.report import count_parameters, sparsity_report
+
+# Per layer of the tiny model: q 64x64, k and v 32x64, o 64x64, gate and up 96x64, down 64x96.
+PARAMETERS = {"qkv": 8192, "o": 4096, "gate_up": 12288, "down": 6144}
+
+
+def test_measured_sparsity_and_activated_parameters(family, tokens):
+    ratios = {"qkv": 0.25, "down": [0.25, 0.75]}
+    model = make(sparse_config(family, sparsity_per_projection=ratios))
+    report = sparsity_report(model, tokens)
+    assert report.tokens == 48
+    assert report.parameters == [PARAMETERS] * 2
+    assert [layer["down"] for layer in report.sparsity] == [0.25, 0.75]
+    assert report.of_group("qkv") == 0.25
+    assert report.of_group("down") == 0.5
+    assert report.projection_parameters == 2 * 30720
+    zeros = 2 * (8192 * 0.25 + 4096 * 0.5 + 12288 * 0.5 + 6144 * 0.5)
+    assert report.overall == pytest.approx(zeros / 61440)
+    assert report.activated_parameters == 61440 - zeros
+    assert count_parameters(model) == (61440, 61440 - zeros)
+    assert len(str(report).splitlines()) == 5
+
+
+def test_counts_follow_blocks(family):
+    model = make(sparse_config(family, sparsity=0.6, sparsity_block_size=4))  # keeps 2 of 4
+    assert count_parameters(model) == (61440, 30720)
+
+
+def test_a_dense_model_reads_everything(family, tokens):
+    model = make(dense_config(family))
+    report = sparsity_report(model, tokens)
+    assert report.overall == 0
+    assert count_parameters(model) == (61440, 61440)
+
+
+def test_padding_is_not_counted_and_batches_add_up(family, tokens):
+    model = make(sparse_config(family))
+    mask = torch.ones_like(tokens)
+    mask[:, :5] = 0
+    batch = {"input_ids": tokens, "attention_mask": mask, "labels": tokens}
+    assert sparsity_report(model, batch).tokens == 38
+    assert sparsity_report(model, [batch, tokens]).tokens == 86
+
+
+def test_leaves_the_model_as_it_was(family, tokens):
+    model = make(sparse_config(family)).train()
+    sparsity_report(model, tokens)
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_adapters_and_compiled_models_are_measured(tokens):
+    adapted = get_peft_model(make(sparse_config("llama")), LoraConfig(r=2))
+    assert sparsity_report(adapted, tokens).overall == 0.5
+    compiled = torch.compile(make(sparse_config("llama")), backend="eager")
+    compiled(tokens)
+    assert sparsity_report(compiled, tokens).overall == 0.5
+
+
+def test_refuses_what_it_cannot_measure(tokens):
+    with pytest.raises(ValueError, match="Linear has no projections named q_proj"):
+        sparsity_report(torch.nn.Linear(2, 2), tokens)
+    with pytest.raises(ValueError, match="no tokens"):
+        sparsity_report(make(sparse_config("llama")), {"input_ids": tokens, "attention_mask": torch.zeros_like(tokens)})
+
+
+def test_report_command(tiny_checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("one two three " * 50)
+    done = run_qsparse("report", tiny_checkpoint, "--text", text, "--output", tmp_path / "out", "--tokens", 100)
+    assert done.returncode == 0, done.stderr
+    assert "Gate/Up" in done.stdout
+    written = json.loads((tmp_path / "out" / "sparsity.json").read_text())
+    assert written["tokens"] == 100
+    assert written["sparsity"] == {**dict.fromkeys(PROJECTION_GROUPS, 0.5), "all": 0.5}
+    assert (tmp_path / "out" / "sparsity.png").read_bytes()[:4] == b"\x89PNG"
+
+    for arguments in ((tmp_path / "nothing", "--text", text), (tiny_checkpoint, "--text", tmp_path / "nothing")):
+        done = run_qsparse("report", *arguments)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert "nothing" in done.stderr.splitlines()[-1]

@@ -1,0 +1,263 @@
+"""Training runs as users start them: packed text, the ramp, what is logged, and resuming to the bit."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, assert_close, dense_config, make, run_qsparse, sparse_config
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, HfArgumentParser
+
+from qsparse_hf.errors import UserError
+from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
+from qsparse_hf.training import QSparseTrainer, QSparseTrainingArguments
+from qsparse_hf.training.data import DataArguments, collate_packed, load_documents, pack
+from qsparse_hf.training.run import parse, train
+from qsparse_hf.training.schedule import sparsity_factor
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def run_config(tmp_path_factory, tiny_checkpoint) -> Path:
+    """A run of 8 updates, ramped over 6, that saves every 3."""
+    folder = tmp_path_factory.mktemp("run")
+    for split, count in (("train", 60), ("eval", 4)):
+        lines = [json.dumps({"text": f"{i} times {i} makes {i * i}. " * 9}) for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    config = {
+        "model": str(tiny_checkpoint),
+        "train_files": [str(folder / "train.jsonl")],
+        "eval_files": [str(folder / "eval.jsonl")],
+        "sequence_length": 64,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "sparsity_ramp_steps": 6,
+        "sparsity_ramp_levels": 3,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "use_cpu": True,
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_pack_by_hand():
+    rows = list(pack([[5, 6, 7], [8], [9, 10, 11, 12, 13]], end=2, sequence_length=4))
+    assert rows == [
+        {"input_ids": [5, 6, 7, 2], "position_ids": [0, 1, 2, 3]},
+        {"input_ids": [8, 2, 9, 10], "position_ids": [0, 1, 0, 1]},
+        {"input_ids": [11, 12, 13, 2], "position_ids": [0, 1, 2, 3]},
+    ]
+    assert list(pack([[5]], end=2, sequence_length=4)) == []
+    assert collate_packed(rows)["labels"].tolist() == [[-100, 6, 7, 2], [-100, 2, -100, 10], [-100, 12, 13, 2]]
+
+
+def test_packed_documents_do_not_see_each_other(family):
+    model = make(sparse_config(family))
+    first, second = list(range(3, 13)), list(range(20, 34))
+    (row,) = pack([first, second], end=2, sequence_length=26)
+    batch = collate_packed([row])
+    logits = [
+        model(batch["input_ids"], position_ids=positions, use_cache=False).logits[0, 11:]
+        for positions in (batch["position_ids"], torch.arange(26)[None])
+    ]
+    alone = model(torch.tensor([[*second, 2]]), use_cache=False).logits[0]
+    assert_close(logits[0], alone)
+    assert not torch.allclose(logits[1], alone, atol=0.1)  # without the restart they do see each other
+
+
+@pytest.mark.parametrize(
+    ("ramp_steps", "levels", "expected"),
+    [(0, 10, [1, 1, 1]), (4, 10, [0.25, 0.5, 0.75, 1, 1]), (6, 3, [1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1, 1])],
+)
+def test_ramp_by_hand(ramp_steps, levels, expected):
+    assert [sparsity_factor(update, ramp_steps, levels) for update in range(len(expected))] == pytest.approx(expected)
+
+
+def test_arguments_are_friendly_to_the_parser():
+    (arguments,) = HfArgumentParser(QSparseTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", "x", "--sparsity_ramp_steps", "5", "--log_sparsity", "false"]
+    )
+    assert (arguments.sparsity_ramp_steps, arguments.log_sparsity) == (5, False)
+
+
+def test_a_run_trains_logs_saves_and_reloads(run_config, tmp_path, tokens):
+    trainer = train(str(run_config), [f"output_dir={tmp_path}"])
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == STEPS
+    assert losses[-1]["loss"] < losses[0]["loss"]
+    # Of 64 features, thirds of 0.5: 53, 43 and 32 are kept.
+    measured = [round(64 * (1 - entry["sparsity/qkv"])) for entry in losses]
+    assert measured == [53, 53, 43, 43, 32, 32, 32, 32]
+    assert losses[-1]["activated_parameters"] == 30720
+    assert {f"sparsity/{group}" for group in (*PROJECTION_GROUPS, "all")} <= losses[0].keys()
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"] > 0
+
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(reloaded(tokens).logits, trainer.model.eval()(tokens).logits)
+    assert reloaded.config.sparsity == 0.5
+    assert reloaded.generation_config.use_cache is not False
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+def test_resuming_after_kill_9_is_the_uninterrupted_run_to_the_bit(run_config, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(str(run_config), [f"output_dir={whole}"])
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qsparse_hf.cli", "train", str(run_config), f"output_dir={killed}"],
+        cwd=REPOSITORY,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 90
+    while not (killed / "checkpoint-3" / "trainer_state.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model.safetensors").exists()
+
+    done = run_qsparse("train", run_config, f"output_dir={killed}")
+    assert done.returncode == 1
+    assert "resume_from_checkpoint=last" in done.stderr.splitlines()[-1]
+    done = run_qsparse("train", run_config, f"output_dir={killed}", "resume_from_checkpoint=last")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    expected, resumed = (load_file(folder / "model.safetensors") for folder in (whole, killed))
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    logs = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in (whole, killed)]
+    curves = [[(e["step"], e["loss"], e["sparsity/all"]) for e in log if "loss" in e] for log in logs]
+    assert curves[0] == curves[1]
+
+
+LAUNCHERS = {
+    "accelerate": (["-m", "accelerate.commands.launch", "--cpu"], 1),
+    "torchrun": (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], 2),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_from_scratch_under_launchers(run_config, tiny_checkpoint, tmp_path, launcher):
+    sparse_config("qwen2", hidden_act="relu2").to_json_file(tmp_path / "model.json", use_diff=False)
+    values = yaml.safe_load(run_config.read_text())
+    del values["model"]
+    values |= {"config": str(tmp_path / "model.json"), "tokenizer": str(tiny_checkpoint), "max_steps": 6}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    launch, processes = LAUNCHERS[launcher]
+    fields = "model_fields={sparsity: 0.25}"
+    done = subprocess.run(
+        [sys.executable, *launch, "scripts/train.py", tmp_path / "run.yaml", f"output_dir={tmp_path / 'out'}", fields],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (model.config.model_type, model.config.hidden_act, model.config.sparsity) == ("qsparse_qwen2", "relu2", 0.25)
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["epoch"] == pytest.approx(6 * 4 * processes / 197, rel=0.05)  # 197 packed rows, 4 a process
+
+
+def test_the_trainer_takes_a_dense_model_and_any_dataset(tmp_path):
+    rows = Dataset.from_list(
+        [{"input_ids": list(range(i, i + 16)), "labels": list(range(i, i + 16))} for i in range(64)]
+    )
+    arguments = QSparseTrainingArguments(tmp_path, max_steps=2, logging_steps=1, use_cpu=True, save_strategy="no")
+    trainer = QSparseTrainer(make(dense_config("llama")), arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["sparsity/all"] == 0
+    with pytest.raises(UserError, match="needs a Q-Sparse model, got LlamaForCausalLM"):
+        QSparseTrainer(
+            make(dense_config("llama")), QSparseTrainingArguments(tmp_path, sparsity_ramp_steps=1, use_cpu=True)
+        )
+
+
+def test_text_files_folders_and_columns(tmp_path):
+    (tmp_path / "a.py").write_text("first\ndocument")
+    (tmp_path / "b.txt").write_bytes(b"sec\xffond")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"body": "third", "id": 1}) + "\n")
+    documents, evaluated = load_documents(DataArguments(train_files=[str(tmp_path / "*.[pt][yx]*")]))
+    assert (documents["text"][:], evaluated) == (["first\ndocument", "sec�ond"], None)
+    everything, _ = load_documents(DataArguments(train_files=[str(tmp_path)], text_column="body"))
+    assert sorted(everything["body"]) == ["first\ndocument", "sec�ond", "third"]
+    (tmp_path / "a.py").write_text("changed")  # no stale cache
+    documents, _ = load_documents(DataArguments(train_files=[str(tmp_path / "a.py")]))
+    assert documents["text"][:] == ["changed"]
+    documents, _ = load_documents(DataArguments(dataset=str(tmp_path), text_column="body", train_split="train[:1]"))
+    assert documents["body"][:] == ["third"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train_files=[nothing/*.txt]"], "no file matches 'nothing"),
+        (["text_column=body"], "no column 'body'; it has text"),
+        (["sequence_length=100000"], "less than one sequence of 100000 tokens"),
+        (["sequence_length=1"], "sequence_length must be at least 2, got 1"),
+        (["sparsity_ramp_steps=9"], r"sparsity_ramp_steps must be at most max_steps \(8\), got 9"),
+        (["sparsity_ramp_steps=-1"], "at least 0, got -1"),
+        (["learning_rate=fast"], "learning_rate.*'fast'"),
+        (["lerning_rate=1"], "lerning_rate"),
+        (["model=no/such/model"], "no/such/model"),
+        (["model=null"], "give either model"),
+        (["config=x.json"], "give either model"),
+        (["dataset=x"], "give either train_files or dataset"),
+        (["model_fields={sparsity: 2}"], "sparsity must be .*got 2"),
+        (["nonsense"], "key=value, got 'nonsense'"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(run_config, tmp_path, overrides, said):
+    with pytest.raises(UserError, match=said):
+        train(str(run_config), [f"output_dir={tmp_path / 'out'}", *overrides])
+    assert not (tmp_path / "out").exists()
+
+
+def test_yaml_values_arrive_as_their_field_wants_them(run_config, tmp_path):
+    overrides = [
+        "save_strategy=no",
+        "learning_rate=1e-4",
+        "bf16=true",
+        "train_files=[a, b]",
+        "model_fields={sparsity: 0.5}",
+    ]
+    model, data, training = parse(str(run_config), [*overrides, f"output_dir={tmp_path}"])
+    assert training.save_strategy == "no"
+    assert training.learning_rate == 1e-4
+    assert training.bf16 is True
+    assert data.train_files == ["a", "b"]
+    assert model.fields == {"sparsity": 0.5}
+
+
+@pytest.mark.parametrize("content", ["- a\n- b", "a: [", "{"])
+def test_bad_yaml_is_one_line(tmp_path, content):
+    (tmp_path / "run.yaml").write_text(content)
+    done = run_qsparse("train", tmp_path / "run.yaml")
+    assert done.returncode == 1
+    assert done.stderr.startswith("qsparse: error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "train").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_parse(path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    model, data, training = parse(str(path), ["use_cpu=true"])
+    assert training.output_dir == f"runs/{path.stem}"
+    assert data.train_files
+    if model.config:
+        assert Path(model.config).exists()
