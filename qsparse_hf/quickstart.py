@@ -33,8 +33,8 @@ _END = "<|end|>"
 
 _MODEL = {
     "vocab_size": 2048,
-    "hidden_size": 256,
-    "intermediate_size": 688,
+    "hidden_size": 128,
+    "intermediate_size": 352,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -47,7 +47,7 @@ _RUN = {
     "per_device_eval_batch_size": 8,
     "sequence_length": SEQUENCE_LENGTH,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 10,
+    "warmup_steps": 20,
     "adam_beta2": 0.95,
     "weight_decay": 0.1,
     "logging_steps": 5,
@@ -56,8 +56,8 @@ _RUN = {
     "use_cpu": True,
     "seed": 0,
 }
-_DENSE_RUN = {"max_steps": 400, "learning_rate": 3e-3, "eval_steps": 50}
-_SPARSE_RUN = {"max_steps": 120, "learning_rate": 1e-3, "eval_steps": 20, "eval_on_start": True}
+_PRETRAIN = {"max_steps": 800, "learning_rate": 3e-3, "eval_steps": 100}
+_CONTINUE = {"max_steps": 150, "learning_rate": 1e-3, "eval_steps": 25, "eval_on_start": True}
 
 
 def quickstart(output: str) -> None:
@@ -79,30 +79,26 @@ def quickstart(output: str) -> None:
     LlamaConfig(**_MODEL, bos_token_id=None, eos_token_id=0, pad_token_id=0).to_json_file(folder / "model.json")
 
     _say("2/6  A small dense Llama, trained from scratch")
-    dense = folder / "dense"
-    dense_history = _train(
-        folder / "dense.yaml",
-        corpus | _DENSE_RUN | {"config": str(folder / "model.json"), "tokenizer": str(folder / "tokenizer")},
-        dense,
-    )
+    dense, sparse = folder / "dense", folder / "sparse"
+    fresh = {"config": str(folder / "model.json"), "tokenizer": str(folder / "tokenizer")}
+    histories = {"dense": _train(folder / "dense.yaml", corpus | _PRETRAIN | fresh, dense)}
 
     _say(f"3/6  Its Q-Sparse twin: every projection reads the {1 - SPARSITY:.0%} largest inputs of each token")
-    converted = folder / "converted"
-    print(convert_checkpoint(dense, converted, sparsity=SPARSITY))
+    print(convert_checkpoint(dense, folder / "converted", sparsity=SPARSITY))
 
-    _say("4/6  Continue-training the sparse model")
-    sparse = folder / "sparse"
-    sparse_history = _train(folder / "sparse.yaml", corpus | _SPARSE_RUN | {"model": str(converted)}, sparse)
+    _say("4/6  Continue-training: the sparse model, and the dense one for comparison")
+    for name, start, output in (("sparse", folder / "converted", sparse), ("longer", dense, folder / "dense-longer")):
+        histories[name] = _train(folder / f"{output.name}.yaml", corpus | _CONTINUE | {"model": str(start)}, output)
 
-    _say("5/6  What it reads, measured on held-out modules")
+    _say("5/6  What the sparse model reads, measured on held-out modules")
     report = report_checkpoint(str(sparse), corpus["eval_files"], output=str(sparse), tokens=4096)
     print(report)
 
     _say("6/6  A sample, and the same model again from disk in a fresh process")
     print(_sample(sparse))
     _check_reload(sparse)
-    _plot(dense_history, sparse_history, sparse / "loss.png")
-    _summarize(dense_history, sparse_history, report, sparse)
+    _plot(histories, sparse / "loss.png")
+    _summarize(histories, report, sparse)
 
 
 def _write_corpus(folder: Path) -> dict[str, list[str]]:
@@ -186,37 +182,45 @@ def _check_reload(folder: Path) -> None:
     print("reloaded with AutoModelForCausalLM in a fresh process: identical logits")
 
 
-def _plot(dense: list[dict], sparse: list[dict], path: Path) -> None:
+def _plot(histories: dict[str, list[dict]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    offset = _losses(dense, "eval_loss")[0][-1]
-    for history, start, color, name in ((dense, 0, "C0", "dense"), (sparse, offset, "C3", "Q-Sparse")):
-        steps, losses = _losses(history, "loss")
-        axes.plot([start + step for step in steps], losses, color=color, alpha=0.4, label=f"{name}, training batches")
-        steps, losses = _losses(history, "eval_loss")
-        axes.plot([start + step for step in steps], losses, color=color, marker="o", label=f"{name}, held-out modules")
-    axes.axvline(offset, color="0.5", linestyle=":", label=f"converted at {SPARSITY:.0%} sparsity")
+    converted = _PRETRAIN["max_steps"]
+    for name, start, color, label in (
+        ("dense", 0, "C0", "dense"),
+        ("longer", converted, "C2", "dense, trained on"),
+        ("sparse", converted, "C3", f"{SPARSITY:.0%} sparse"),
+    ):
+        steps, losses = _losses(histories[name], "loss")
+        axes.plot([start + step for step in steps], losses, color=color, alpha=0.3)
+        steps, losses = _losses(histories[name], "eval_loss")
+        axes.plot([start + step for step in steps], losses, color=color, marker=".", label=label)
+    axes.axvline(converted, color="0.5", linestyle=":", label="conversion")
     axes.set_xlabel("optimizer updates")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss on held-out modules (pale: training batches)")
+    axes.set_ylim(top=_losses(histories["dense"], "eval_loss")[1][0] + 0.5)
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
-def _summarize(dense: list[dict], sparse: list[dict], report: SparsityReport, folder: Path) -> None:
-    dense_loss = _losses(dense, "eval_loss")[1][-1]
-    converted_loss, *_, trained_loss = _losses(sparse, "eval_loss")[1]
-    everything = report.projection_parameters
+def _summarize(histories: dict[str, list[dict]], report: SparsityReport, folder: Path) -> None:
+    first, last = (
+        {name: _losses(history, "eval_loss")[1][index] for name, history in histories.items()} for index in (0, -1)
+    )
+    everything, activated = report.projection_parameters, report.activated_parameters
+    later = f"{_CONTINUE['max_steps']} updates later"
     rows = (
-        ("dense", dense_loss, everything),
-        (f"{SPARSITY:.0%} sparse, just converted", converted_loss, report.activated_parameters),
-        (f"{SPARSITY:.0%} sparse, {_SPARSE_RUN['max_steps']} updates later", trained_loss, report.activated_parameters),
+        ("dense", last["dense"], everything),
+        (f"dense, {later}", last["longer"], everything),
+        (f"{SPARSITY:.0%} sparse, just converted", first["sparse"], activated),
+        (f"{SPARSITY:.0%} sparse, {later}", last["sparse"], activated),
     )
     _say("Summary: loss on modules never trained on (lower is better)")
-    print(f"{'model':<32}{'loss':>8}{'perplexity':>12}{'weights read a token':>26}")
+    print(f"{'model':<30}{'loss':>8}{'perplexity':>12}{'weights read a token':>26}")
     for name, loss, read in rows:
-        print(f"{name:<32}{loss:8.3f}{math.exp(loss):12.1f}{read / 1e6:18.2f}M ({read / everything:4.0%})")
+        print(f"{name:<30}{loss:8.3f}{math.exp(loss):12.1f}{read / 1e6:18.2f}M ({read / everything:4.0%})")
     print(f"\nThe sparse model is in {folder}, with loss.png and sparsity.png beside it. Load it like any other:")
     print(f'  import qsparse_hf; AutoModelForCausalLM.from_pretrained("{folder}")')
 

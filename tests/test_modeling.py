@@ -148,7 +148,10 @@ def test_generation_modes_agree(family, tokens):
     assert torch.equal(model.generate(tokens, use_cache=False, **options), greedy)
     assert torch.equal(model.generate(tokens, cache_implementation="static", **options), greedy)
     assert model.generate(tokens, num_beams=3, **options).shape == (2, 36)
-    assistant = make(sparse_config(family, num_hidden_layers=1), seed=3)
+    # Transformers 5.17 cannot take tokens back from a full window, of dense models either: here it does not fill.
+    window = {} if family == "llama" else {"sliding_window": 64}
+    model = make(sparse_config(family, **window))
+    assistant = make(sparse_config(family, num_hidden_layers=1, **window), seed=3)
     assisted = model.generate(tokens[:1], assistant_model=assistant, **options)
     assert torch.equal(assisted, model.generate(tokens[:1], **options))
 
@@ -318,7 +321,7 @@ def test_tensor_parallel_selects_what_one_process_does(tmp_path, tokens):
     script.write_text(TENSOR_PARALLEL)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     command += [str(tmp_path / name) for name in ("model", "tokens", "logits")]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -1,0 +1,90 @@
+"""What only an accelerator shows: compiled training and decoding, CUDA graphs, low precision at size."""
+
+import pytest
+import torch
+from conftest import assert_close, make, make_pair, sparse_config
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from qsparse_hf import topk_sparsify
+from qsparse_hf.modeling.sparsify import IMPLS
+from qsparse_hf.training import QSparseTrainer, QSparseTrainingArguments
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [4096, 11008])
+def test_implementations_agree_at_size(features, dtype):
+    x = torch.randn(64, features, device="cuda", dtype=dtype)
+    masks = [impl(x, features // 2) for impl in IMPLS.values()]
+    assert all(torch.equal(mask, masks[0]) for mask in masks[1:])
+    assert torch.equal(masks[0].cpu(), IMPLS["reference"](x.cpu(), features // 2))
+
+
+def test_the_operator_can_be_captured_in_a_cuda_graph():
+    x = torch.randn(8, 1024, device="cuda", dtype=torch.bfloat16)
+    topk_sparsify(x, 0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # fails on any host synchronisation
+        y = topk_sparsify(x, 0.5)
+    x.normal_()
+    graph.replay()
+    assert torch.equal(y, topk_sparsify(x, 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_twin_bit_for_bit(family, dtype, tokens):
+    dense, sparse = (model.cuda() for model in make_pair(family, dtype, sparsity=0))
+    assert torch.equal(sparse(tokens.cuda()).logits, dense(tokens.cuda()).logits)
+
+
+def test_compiled_gradients(family, tokens):
+    tokens = tokens.cuda()
+    gradients = []
+    for compile_it in (False, True):
+        model = make(sparse_config(family)).cuda().train()
+        model.scale_sparsity(0.02)  # one feature of 64 goes: rounding cannot swap many at the edge
+        run = torch.compile(model, fullgraph=True) if compile_it else model
+        run(tokens, labels=tokens).loss.backward()
+        gradients.append(model.model.layers[0].mlp.down_proj.weight.grad)
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+
+
+def test_generate_compiles_the_decode_step(family, tokens):
+    model = make(sparse_config(family)).cuda()
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    greedy = model.generate(tokens.cuda(), **options)
+    static = model.generate(tokens.cuda(), cache_implementation="static", **options)
+    assert (static == greedy).float().mean() > 0.9  # a swapped feature may change a late token
+    assert torch.equal(static[:, :25], greedy[:, :25])
+
+
+def test_device_map(tmp_path, tokens):
+    model = make(sparse_config("llama"))
+    model.save_pretrained(tmp_path)
+    placed = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
+    assert placed.device.type == "cuda"
+    placed.scale_sparsity(0)
+    model.scale_sparsity(0)
+    assert_close(placed(tokens.cuda()).logits.cpu(), model(tokens).logits)
+
+
+def test_compiled_training_in_bf16_with_a_ramp(tmp_path):
+    rows = Dataset.from_list([{"input_ids": [i % 100 + 3] * 32, "labels": [i % 100 + 3] * 32} for i in range(64)])
+    arguments = QSparseTrainingArguments(
+        tmp_path,
+        max_steps=6,
+        logging_steps=1,
+        bf16=True,
+        torch_compile=True,
+        sparsity_ramp_steps=4,
+        sparsity_ramp_levels=2,
+        learning_rate=1e-3,
+        save_strategy="no",
+    )
+    trainer = QSparseTrainer(make(sparse_config("llama")), arguments, train_dataset=rows)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [round(64 * (1 - entry["sparsity/qkv"])) for entry in log] == [48, 48, 32, 32, 32, 32]
+    assert log[-1]["loss"] < log[0]["loss"]
