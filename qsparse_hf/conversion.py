@@ -82,7 +82,7 @@ class ConversionPlan:
         share = self.activated_parameters / self.projection_parameters
         return "\n".join(
             (
-                f"{self.output}: {self.config.model_type}, {_gigabytes(self.size)} in {files} file(s)",
+                f"{self.output}: {self.config.model_type}, {_size(self.size)} in {files} file(s)",
                 f"  parameters            {self.parameters:>16,}",
                 f"  in the projections    {self.projection_parameters:>16,}",
                 f"  activated by a token  {self.activated_parameters:>16,}  ({share:.1%})",
@@ -293,7 +293,7 @@ def _staging(output: Path, overwrite: bool, size: int) -> Iterator[Path]:
             try:
                 tidy()
                 if (free := shutil.disk_usage(parent).free) < size:
-                    raise UserError(f"{parent} has {_gigabytes(free)} free, {_gigabytes(size)} are needed")
+                    raise UserError(f"{parent} has {_size(free)} free, {_size(size)} are needed")
                 staging.mkdir()
                 yield staging
                 if output.exists():
@@ -332,5 +332,5 @@ def _hub_errors(source: str) -> Iterator[None]:
         raise UserError(f"{source} is not a folder, and the Hub did not give it: {reason}") from None
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"

@@ -110,7 +110,7 @@ def topk_sparsify(
 
     blocks = x if block_size is None else x.unflatten(-1, (-1, block_size))
     with torch.no_grad():
-        mask = IMPLS[backend or "torch"](blocks, kept_features(blocks.shape[-1], sparsity)).view(x.shape)
+        mask = IMPLS[backend or next(iter(IMPLS))](blocks, kept_features(blocks.shape[-1], sparsity)).view(x.shape)
     y = _StraightThrough.apply(x, mask) if ste else torch.where(mask, x, 0)
     return _divide_by_l2_norm(y) if rescale == "l2" else y
 
