@@ -6,26 +6,24 @@ One selection rule holds for every implementation, bit for bit: of each token's 
 Shapes: D features of a token, M features of a block, K features kept.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from .sparsity import check_block_size, check_rescale, check_sparsity, kept_features
 
-# Floats of one width order like the integers with the same bits once the sign is dropped.
-_MAGNITUDE_DTYPE = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
+# Floats of one width order like the integers with the same bits once the sign is dropped: that integer type, and the
+# bits of infinity.
+_BITS = {
+    torch.float16: (torch.int16, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7F80),
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
 }
 
 
 def magnitude(x: Tensor) -> Tensor:
     """`|x|` as integers with the same order; every NaN maps to one value above infinity. Same shape as `x`."""
-    dtype = _MAGNITUDE_DTYPE[x.dtype]
-    infinity = torch.tensor(math.inf, dtype=x.dtype).view(dtype).item()
+    dtype, infinity = _BITS[x.dtype]
     return (x.view(dtype) & torch.iinfo(dtype).max).clamp_max(infinity + 1)
 
 
@@ -100,8 +98,8 @@ def topk_sparsify(
     check_rescale(rescale)
     if backend is not None and backend not in IMPLS:
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, IMPLS))}, got {backend!r}")
-    if x.dtype not in _MAGNITUDE_DTYPE:
-        raise TypeError(f"x must be one of {', '.join(map(str, _MAGNITUDE_DTYPE))}, got {x.dtype}")
+    if x.dtype not in _BITS:
+        raise TypeError(f"x must be one of {', '.join(map(str, _BITS))}, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least one feature, got shape {tuple(x.shape)}")
     check_block_size(block_size, x.shape[-1])
