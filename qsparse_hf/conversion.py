@@ -328,7 +328,7 @@ def _hub_errors(source: str) -> Iterator[None]:
     except HFValidationError:
         raise UserError(f"{source} is neither a folder nor the id of a Hub repository") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(line for line in str(error).splitlines()[:3] if line)
         raise UserError(f"{source} is not a folder, and the Hub did not give it: {reason}") from None
 
 

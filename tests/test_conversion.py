@@ -1,12 +1,15 @@
 """Conversion on real files: what comes out, and what every kind of fault leaves behind (nothing)."""
 
+import http.server
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -357,3 +360,69 @@ def test_two_at_once_to_one_place_are_refused(large_dense, tmp_path):
         first.send_signal(signal.SIGCONT)
     assert first.wait() == 0
     assert listing(tmp_path) == {"sparse"}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub's protocol as its client asks for: one repository, `team/dense`, in `root`."""
+
+    root: Path
+    fetched: list[str]
+    commit = "c" * 40
+
+    def do_GET(self):
+        path = self.path.split("?")[0].strip("/")
+        kind, _, name = path.rpartition("/")
+        if path.startswith("api/models/team/dense/tree/"):
+            entries = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
+                for file in self.root.iterdir()
+            ]
+            self.reply(200, json.dumps(entries).encode())
+        elif path.startswith("api/models/team/dense"):
+            names = [{"rfilename": f.name} for f in self.root.iterdir()]
+            self.reply(200, json.dumps({"id": "team/dense", "sha": self.commit, "siblings": names}).encode())
+        elif kind.startswith("team/dense/resolve/") and (self.root / name).exists():
+            if self.command == "GET":
+                self.fetched.append(name)
+            self.reply(200, (self.root / name).read_bytes(), ETag=f'"{name}"', **{"X-Repo-Commit": self.commit})
+        else:
+            self.reply(404, b"", **{"X-Error-Code": "RepoNotFound"})
+
+    do_HEAD = do_GET
+
+    def reply(self, code, body, **headers):
+        self.send_response(code)
+        for key, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_): ...
+
+
+def test_a_hub_id_is_fetched_and_a_dry_run_fetches_the_configuration_alone(tmp_path):
+    make(dense_config("llama")).save_pretrained(tmp_path / "dense", max_shard_size="120KB")
+    (tmp_path / "dense" / "consolidated.safetensors").write_bytes(b"the same weights in another layout")
+    handler = type("Handler", (Hub,), {"root": tmp_path / "dense", "fetched": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    code = "import sys; from qsparse_hf.cli import main; sys.exit(main(['convert', *sys.argv[1:]]))"
+    try:
+        done = run_python(code, "team/dense", tmp_path / "sparse", "--dry-run", **environment)
+        assert "61,440" in done.stdout
+        assert set(handler.fetched) == {"config.json"}
+        run_python(code, "team/dense", tmp_path / "sparse", **environment)
+        assert "consolidated.safetensors" not in handler.fetched
+        done = run_python(code, "team/other", tmp_path / "other", check=False, **environment)
+        assert done.returncode == 1
+        assert "team/other is not a folder, and the Hub did not give it: 40" in done.stderr
+    finally:
+        server.shutdown()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "sparse").config.model_type == "qsparse_llama"

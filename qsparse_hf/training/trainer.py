@@ -62,7 +62,9 @@ class QSparseTrainer(Trainer):
 
     def training_step(self, model: torch.nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
         if getattr(self.args, "log_sparsity", True):
-            self._latest_row = {name: value[:1] for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+            self._latest_row = {
+                name: value[:1] for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim
+            }
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
