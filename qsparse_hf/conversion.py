@@ -124,10 +124,8 @@ def convert_checkpoint(
         raise UserError(f"unknown field {unknown[0]!r}; allowed are {', '.join(QSPARSE_FIELDS)}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if output.exists() and not overwrite and not dry_run:
-        raise UserError(f"{output} exists already; remove it or pass --overwrite")
-    if output.resolve() == Path(source).resolve():
-        raise UserError(f"the output {output} is the source itself; choose another folder")
+    if not dry_run:
+        _check_target(output, Path(source), overwrite)
 
     local = os.path.isdir(source)
     config = _qsparse_config(source if local else _download_config(source, revision), fields)
@@ -168,6 +166,17 @@ def convert_checkpoint(
         custom_object_save(model, staging, config=config)
         config.save_pretrained(staging)
     return plan
+
+
+def _check_target(output: Path, source: Path, overwrite: bool) -> None:
+    if output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UserError(f"the output {output} is or holds the source; choose another folder")
+    if not output.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{output} exists already; remove it or pass --overwrite")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").exists()):
+        raise UserError(f"{output} is not a checkpoint, so it is not overwritten; remove it or choose another folder")
 
 
 def _qsparse_config(folder: str | os.PathLike, fields: dict) -> PreTrainedConfig:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 
+from qsparse_hf.cli import main
 from qsparse_hf.conversion import convert_checkpoint
 from qsparse_hf.errors import UserError
 
@@ -211,9 +212,12 @@ def test_mixtral_is_refused_for_now(tmp_path):
         convert_checkpoint(tmp_path / "dense", tmp_path / "sparse")
 
 
-def test_the_command_says_it_in_one_line(tmp_path):
+def test_the_command_says_it_in_one_line(tmp_path, capsys):
     make(dense_config("llama")).save_pretrained(tmp_path / "dense")
     (tmp_path / "taken").mkdir()
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.txt").touch()
+    capsys.readouterr()
     for arguments in (
         ("no/such/folder/anywhere", tmp_path / "sparse"),
         ("not-on-this-machine", tmp_path / "sparse"),
@@ -221,13 +225,18 @@ def test_the_command_says_it_in_one_line(tmp_path):
         (tmp_path / "dense", tmp_path / "sparse", "--per-projection", "gate=0.5"),
         (tmp_path / "dense", tmp_path / "taken"),
         (tmp_path / "dense", tmp_path / "dense", "--overwrite"),
+        (tmp_path / "dense", tmp_path, "--overwrite"),
+        (tmp_path / "dense", tmp_path / "papers", "--overwrite"),
+        (tmp_path / "dense", tmp_path / "papers" / "thesis.txt", "--overwrite"),
+        (tmp_path / "dense", tmp_path / "papers" / "thesis.txt" / "below"),
     ):
-        done = run_qsparse("convert", *arguments)
-        assert done.returncode == 1, arguments
-        assert done.stdout == ""
-        assert done.stderr.startswith("qsparse: error: "), done.stderr
-        assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert listing(tmp_path) == {"dense", "taken"}
+        assert main(["convert", *map(str, arguments)]) == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("qsparse: error: "), said.err
+        assert len(said.err.splitlines()) == 1, said.err
+    assert listing(tmp_path) == {"dense", "taken", "papers"}
+    assert listing(tmp_path / "papers") == {"thesis.txt"}
 
 
 def test_overwrite_replaces_and_a_failed_overwrite_keeps(tmp_path):
@@ -300,6 +309,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
 
 PEAK = """
 import os, resource, sys
+from qsparse_hf.cli import main
 from qsparse_hf.conversion import convert_checkpoint
 source, output, dtype = sys.argv[1:]
 convert_checkpoint(source, output + "-first", max_shard_size="20MB", dry_run=True)
