@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import StateDictSplit, hf_hub_download, snapshot_download, split_torch_state_dict_into_shards
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from .errors import UserError
+from .errors import UserError, user_errors
 from .modeling.configuration_qsparse import (
     QSPARSE_FIELDS,
     QSparseConfigMixin,
@@ -193,13 +193,11 @@ def _qsparse_config(folder: str | os.PathLike, fields: dict) -> PreTrainedConfig
         raise UserError(f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}{hint}")
     if described.get("quantization_config"):
         raise UserError(f"{path}: a quantized checkpoint cannot be converted; give the original weights")
-    try:
+    with user_errors():
         dense = AutoConfig.from_pretrained(folder).to_dict()
         for key in ("model_type", "architectures", "transformers_version", "auto_map"):
             dense.pop(key, None)
         return FAMILIES[model_type](**dense, **fields)
-    except StrictDataclassError as error:
-        raise UserError(str(error.__cause__)) from None
 
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:

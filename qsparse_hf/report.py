@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .errors import UserError
+from .errors import UserError, user_errors
 from .modeling.configuration_qsparse import PROJECTION_GROUPS
 from .modeling.sparsity import kept_features
 
@@ -200,12 +200,10 @@ def report_checkpoint(
     Raises:
         UserError: the checkpoint or a file cannot be read, or the text is empty.
     """
-    try:
+    with user_errors():
         text = "\n".join(Path(file).read_text(encoding="utf-8", errors="replace") for file in text_files)
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from error
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens])
     if len(ids) == 0:
         raise UserError(f"{', '.join(text_files)}: no text")

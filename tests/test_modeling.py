@@ -118,6 +118,19 @@ def test_bad_fields_raise_at_construction(family, fields, said):
     assert re.search(said, str(error.value), re.DOTALL)
 
 
+def test_fields_are_keywords_of_from_pretrained(family, tmp_path, tokens):
+    make(sparse_config(family)).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, sparsity=0.25, sparsity_per_projection={"o": 0.75})
+    kept = {
+        group: (inputs[0] != 0).sum(-1).unique().tolist()
+        for (_, group), inputs in projection_inputs(model, input_ids=tokens).items()
+    }
+    assert kept == {"qkv": [48], "o": [16], "gate_up": [48], "down": [72]}
+    for fields in ({"sparsity": 1.0}, {"sparsity_block_size": 24}, {"sparsity_per_projection": {"gate": 0.5}}):
+        with pytest.raises(StrictDataclassError, match=next(iter(fields))):
+            AutoModelForCausalLM.from_pretrained(tmp_path, **fields)
+
+
 def test_eager_and_sdpa_agree_and_outputs_are_captured(family, tokens):
     sdpa = make(sparse_config(family, sparsity=0.25))
     eager = make(sparse_config(family, sparsity=0.25), attn_implementation="eager")

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 
 # Files of tables are read by the builder of that name; any other file is one document.
 _TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -101,7 +101,7 @@ def _with_text(documents: Dataset, column: str, source: str) -> Dataset:
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def pack(documents: Iterable[list[int]], end: int, sequence_length: int) -> Iterator[dict[str, list[int]]]:

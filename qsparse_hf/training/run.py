@@ -2,18 +2,15 @@
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from .data import DataArguments, collate_packed, load_documents, pack_dataset
 from .trainer import QSparseTrainer, QSparseTrainingArguments
 
@@ -102,11 +99,10 @@ def parse(config: str, overrides: list[str]) -> tuple[ModelArguments, DataArgume
     for key, value in values.items():
         if value is None:
             continue
-        arguments.append(f"--{key}")
         if isinstance(value, list):
-            arguments += map(str, value)
+            arguments += [f"--{key}", *map(str, value)]
         else:
-            arguments.append(json.dumps(value) if isinstance(value, dict) else str(value))
+            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     parser = _Parser((ModelArguments, DataArguments, QSparseTrainingArguments), allow_abbrev=False)
     try:
         return parser.parse_args_into_dataclasses(arguments)
@@ -114,19 +110,9 @@ def parse(config: str, overrides: list[str]) -> tuple[ModelArguments, DataArgume
         raise UserError(f"{config}: {error}") from error
 
 
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except StrictDataclassError as error:
-        raise UserError(str(error.__cause__)) from error
-    except (OSError, ValueError) as error:
-        raise UserError(str(error).strip().splitlines()[0]) from error
-
-
 def load_model(arguments: ModelArguments) -> PreTrainedModel:
     """The model to train: a checkpoint's, or one of a configuration with fresh weights."""
-    with _one_line_errors():
+    with user_errors():
         if arguments.model:
             return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **arguments.fields)
         config = AutoConfig.from_pretrained(arguments.config, **arguments.fields)
@@ -147,7 +133,7 @@ def train(config: str, overrides: list[str] | None = None) -> QSparseTrainer:
     resume = _checkpoint_to_resume(training_arguments)
     set_seed(training_arguments.seed)
 
-    with _one_line_errors():
+    with user_errors():
         tokenizer = AutoTokenizer.from_pretrained(model_arguments.tokenizer or model_arguments.model)
     model = load_model(model_arguments)
     with training_arguments.main_process_first(desc="preparing data"):
@@ -166,8 +152,9 @@ def train(config: str, overrides: list[str] | None = None) -> QSparseTrainer:
         data_collator=collate_packed,
         processing_class=tokenizer,
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_LossBar)
+    if not training_arguments.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_LossBar)
     result = trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.save_state()
