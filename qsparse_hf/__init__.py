@@ -1,8 +1,9 @@
 """Q-Sparse for Transformers: large language models that run on a fraction of their activations."""
 
+from importlib import import_module
+
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .modeling.configuration_qsparse import QSparseLlamaConfig, QSparseMistralConfig, QSparseQwen2Config
 from .modeling.modeling_qsparse_llama import QSparseLlamaForCausalLM, QSparseLlamaModel
@@ -25,6 +26,22 @@ __all__ = [
     "topk_sparsify",
 ]
 
+# Imported on first use: they bring the Trainer and matplotlib's and pandas' weight, which decoding does not need.
+_LAZY = {
+    "QSparseTrainer": ".training",
+    "QSparseTrainingArguments": ".training",
+    "convert_checkpoint": ".conversion",
+    "sparsity_report": ".report",
+}
+__all__ += _LAZY
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name], __name__), name)
+
+
 for config_class, model_class, causal_lm_class in (
     (QSparseLlamaConfig, QSparseLlamaModel, QSparseLlamaForCausalLM),
     (QSparseMistralConfig, QSparseMistralModel, QSparseMistralForCausalLM),
@@ -38,6 +55,5 @@ for config_class, model_class, causal_lm_class in (
     config_class.register_for_auto_class()
     model_class.register_for_auto_class("AutoModel")
     causal_lm_class.register_for_auto_class("AutoModelForCausalLM")
-    # Label smoothing and the text-generation pipeline know causal LMs by this table, PEFT its LoRA targets by that.
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] = causal_lm_class.__name__
+    # PEFT finds a model's default LoRA targets in this table.
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type] = ["q_proj", "v_proj"]

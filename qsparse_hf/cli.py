@@ -1,4 +1,4 @@
-"""The `qsparse` command: one thin subcommand per verb. Each imports what it needs, so that --help is quick."""
+"""The `qsparse` command: one thin subcommand per verb."""
 
 import argparse
 import sys
@@ -29,7 +29,11 @@ def convert(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> None:
     from .training.run import train
 
-    train(arguments.config, arguments.overrides)
+    trainer = train(arguments.config, arguments.overrides)
+    if trainer.is_world_process_zero():
+        logged = {name: loss for entry in trainer.state.log_history for name, loss in entry.items()}
+        losses = [f"{name} {logged[name]:.3f}" for name in ("loss", "eval_loss") if name in logged]
+        print(f"saved {trainer.args.output_dir}", *losses, sep=", ")
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -46,7 +50,10 @@ def quickstart(arguments: argparse.Namespace) -> None:
 
 def _group_ratio(text: str) -> tuple[str, float | list[float]]:
     group, _, ratios = text.partition("=")
-    values = [float(ratio) for ratio in ratios.split(",")]
+    try:
+        values = [float(ratio) for ratio in ratios.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must look like down=0.6 or down=0.5,0.6, got {text!r}") from None
     return group, values[0] if len(values) == 1 else values
 
 
@@ -71,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = verb(
         convert,
         "Make a Q-Sparse checkpoint from a dense Llama, Mistral or Qwen2 one.",
-        "qsparse convert mistralai/Mistral-7B-v0.1 mistral-7b-qsparse --sparsity 0.5 --per-projection down=0.6",
+        "qsparse convert mistralai/Mistral-7B-v0.1 mistral-7b-qsparse --sparsity 0.5 --per-projection o=0.4 down=0.6",
     )
     p.add_argument("source", help="folder or Hub id of the dense checkpoint")
     p.add_argument("output", help="folder to write")
@@ -80,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--per-projection",
         type=_group_ratio,
         nargs="+",
+        action="extend",
         default=[],
         metavar="GROUP=S",
         help="other ratios for qkv, o, gate_up or down; S is one number, or one per layer joined by commas",
@@ -98,7 +106,13 @@ def build_parser() -> argparse.ArgumentParser:
         "qsparse train configs/train/continue_tiny.yaml model=my-checkpoint learning_rate=1e-4",
     )
     p.add_argument("config", help="YAML file; configs/train/ has examples")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="fields that win over the file's")
+    p.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="win over the file; fields of ModelArguments, DataArguments and QSparseTrainingArguments, "
+        "which are TrainingArguments and more; resume_from_checkpoint=last goes on where a run stopped",
+    )
 
     p = verb(
         report,

@@ -7,7 +7,8 @@ the model's size. The output is written beside its place and renamed into it whe
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ _COMPANIONS = (
     "vocab.*",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates*",
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
@@ -124,12 +126,11 @@ def convert_checkpoint(
         raise UserError(f"unknown field {unknown[0]!r}; allowed are {', '.join(QSPARSE_FIELDS)}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if not dry_run:
-        _check_target(output, Path(source), overwrite)
+    _check_target(output, Path(source), overwrite)
 
     local = os.path.isdir(source)
     config = _qsparse_config(source if local else _download_config(source, revision), fields)
-    with torch.device("meta"):
+    with torch.device("meta"), user_errors(source):
         model = AutoModelForCausalLM.from_config(config)
     expected = model.state_dict()
 
@@ -144,9 +145,10 @@ def convert_checkpoint(
         for name, held_dtype in held.items()
     }
     config.architectures = [type(model).__name__]
-    config.dtype = DTYPES[dtype] if dtype else written[next(iter(written))].dtype
+    config.dtype = _main_dtype(written.values())
     try:
-        shards = split_torch_state_dict_into_shards(written, max_shard_size=max_shard_size)
+        limit = int(max_shard_size) if str(max_shard_size).isdigit() else max_shard_size
+        shards = split_torch_state_dict_into_shards(written, max_shard_size=limit)
     except ValueError as error:
         raise UserError(f"max_shard_size must be bytes or a size like '5GB', got {max_shard_size!r}") from error
     total, activated = count_parameters(model)
@@ -186,30 +188,30 @@ def _qsparse_config(folder: str | os.PathLike, fields: dict) -> PreTrainedConfig
         model_type = described["model_type"]
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {folder} is not a Transformers checkpoint") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a Transformers configuration ({type(error).__name__}: {error})") from None
-    if model_type not in FAMILIES:
+    if model_type not in list(FAMILIES):
         hint = "; it is Q-Sparse already" if str(model_type).startswith("qsparse") else ""
         raise UserError(f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}{hint}")
     if described.get("quantization_config"):
         raise UserError(f"{path}: a quantized checkpoint cannot be converted; give the original weights")
-    with user_errors():
+    with user_errors(path):
         dense = AutoConfig.from_pretrained(folder).to_dict()
         for key in ("model_type", "architectures", "transformers_version", "auto_map"):
             dense.pop(key, None)
-        return FAMILIES[model_type](**dense, **fields)
+        return FAMILIES[model_type](**dense | fields)
 
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:
     """The file each tensor lies in."""
-    index = folder / _INDEX
+    single, index = folder / _WEIGHTS, folder / _INDEX
+    if single.exists():  # where both are there, Transformers reads this one
+        return dict.fromkeys(_header(single), single)
     if not index.exists():
-        if not (folder / _WEIGHTS).exists():
-            raise UserError(
-                f"{folder} has neither {_WEIGHTS} nor {_INDEX}; weights in other formats are not read, "
-                "save them with `save_pretrained` first"
-            )
-        return dict.fromkeys(_header(folder / _WEIGHTS), folder / _WEIGHTS)
+        raise UserError(
+            f"{folder} has neither {_WEIGHTS} nor {_INDEX}; weights in other formats are not read, "
+            "save them with `save_pretrained` first"
+        )
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         where = {name: folder / file for name, file in weight_map.items()}
@@ -259,6 +261,21 @@ def _check_tensors(
     return held
 
 
+def _main_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
+    """The dtype of most parameters, which is what `dtype="auto"` loads a checkpoint in."""
+    parameters = Counter()
+    for tensor in tensors:
+        parameters[tensor.dtype] += tensor.numel()
+    return parameters.most_common(1)[0][0]
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 != tensor.dtype and cast.isinf().any() and not tensor.isinf().any():
+        raise UserError(f"{name} has values beyond float16's range; use bfloat16")
+    return cast
+
+
 def _write_weights(
     staging: Path, where: dict[str, Path], written: dict[str, torch.Tensor], shards: StateDictSplit
 ) -> None:
@@ -268,7 +285,7 @@ def _write_weights(
             for name in names:
                 try:
                     with safe_open(where[name], framework="pt") as shard:
-                        tensors[name] = shard.get_tensor(name).to(written[name].dtype)
+                        tensors[name] = _cast(shard.get_tensor(name), written[name].dtype, name)
                 except (SafetensorError, OSError) as error:
                     raise UserError(f"{where[name]}: {name} cannot be read: {error}") from None
                 progress.update(tensors[name].nbytes)
@@ -284,7 +301,8 @@ def _staging(output: Path, overwrite: bool, size: int) -> Iterator[Path]:
 
     What a killed run left behind is put right by the next one; two at once to the same place are refused.
     """
-    parent = output.absolute().parent
+    output = output.resolve()  # of a link, what it points to is replaced
+    parent = output.parent
     staging, retired = (parent / f".{output.name}.{suffix}" for suffix in ("partial", "replaced"))
     lock = FileLock(parent / f".{output.name}.lock")
 

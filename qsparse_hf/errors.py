@@ -16,13 +16,15 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Around the loading of what the user named: what Transformers raises about it becomes a `UserError`."""
+def user_errors(source: object) -> Iterator[None]:
+    """Around the loading of `source`, which the user named: what a library raises about it becomes a `UserError`."""
     try:
         yield
     except UserError:
         raise
     except StrictDataclassError as error:  # its own message wraps the field's in a second line
-        raise UserError(first_line(error.__cause__ or error)) from error
+        raise UserError(f"{source}: {first_line(error.__cause__ or error)}") from error
     except (OSError, ValueError) as error:
-        raise UserError(first_line(error)) from error
+        raise UserError(f"{source}: {first_line(error)}") from error
+    except Exception as error:  # a field that Transformers looks up or divides by unchecked
+        raise UserError(f"{source}: {type(error).__name__}: {first_line(error)}") from error

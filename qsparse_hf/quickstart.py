@@ -56,7 +56,7 @@ _RUN = {
     "use_cpu": True,
     "seed": 0,
 }
-_PRETRAIN = {"max_steps": 800, "learning_rate": 3e-3, "eval_steps": 100}
+_PRETRAIN = {"max_steps": 700, "learning_rate": 3e-3, "eval_steps": 100}
 _CONTINUE = {"max_steps": 150, "learning_rate": 1e-3, "eval_steps": 25, "eval_on_start": True}
 
 
@@ -67,8 +67,9 @@ def quickstart(output: str) -> None:
         UserError: `output` exists and is not an earlier quickstart's.
     """
     folder = Path(output).absolute()
-    if folder.exists() and any(folder.iterdir()) and not (folder / _MARKER).exists():
-        raise UserError(f"{output} exists and is not a quickstart's; choose another --output")
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not empty and not (folder / _MARKER).exists():
+        raise UserError(f"{output} is not a quickstart's; choose another --output")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / _MARKER).touch()
@@ -190,7 +191,7 @@ def _plot(histories: dict[str, list[dict]], path: Path) -> None:
     converted = _PRETRAIN["max_steps"]
     for name, start, color, label in (
         ("dense", 0, "C0", "dense"),
-        ("longer", converted, "C2", "dense, trained on"),
+        ("longer", converted, "C2", "dense, trained further"),
         ("sparse", converted, "C3", f"{SPARSITY:.0%} sparse"),
     ):
         steps, losses = _losses(histories[name], "loss")
@@ -218,9 +219,11 @@ def _summarize(histories: dict[str, list[dict]], report: SparsityReport, folder:
         (f"{SPARSITY:.0%} sparse, {later}", last["sparse"], activated),
     )
     _say("Summary: loss on modules never trained on (lower is better)")
-    print(f"{'model':<30}{'loss':>8}{'perplexity':>12}{'weights read a token':>26}")
+    print(f"{'model':<30}{'loss':>8}{'perplexity':>12}{'activated weights':>24}")
     for name, loss, read in rows:
-        print(f"{name:<30}{loss:8.3f}{math.exp(loss):12.1f}{read / 1e6:18.2f}M ({read / everything:4.0%})")
+        print(f"{name:<30}{loss:8.3f}{math.exp(loss):12.1f}{read / 1e6:16.2f}M ({read / everything:4.0%})")
+    print(f"\nWhat sparsity costs is the gap between the rows marked '{later}'; both learned from the same text.")
+    print("Activated weights are those of the projections that meet a non-zero input; today's products still read all.")
     print(f"\nThe sparse model is in {folder}, with loss.png and sparsity.png beside it. Load it like any other:")
     print(f'  import qsparse_hf; AutoModelForCausalLM.from_pretrained("{folder}")')
 

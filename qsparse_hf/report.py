@@ -65,7 +65,7 @@ class SparsityReport:
     @property
     def activated_parameters(self) -> int:
         """Weights that a token reads on average, the paper's `Na = N (1 - S)`."""
-        return round(self.projection_parameters * (1 - self.overall))
+        return sum(self.activated_of_group(group) for group in PROJECTION_GROUPS)
 
     @property
     def overall(self) -> float:
@@ -75,6 +75,10 @@ class SparsityReport:
     def of_group(self, group: str) -> float:
         """Sparsity of one projection group over all layers."""
         return self._mean([group])
+
+    def activated_of_group(self, group: str) -> int:
+        """Weights of one projection group that a token reads on average, over all layers."""
+        return sum(_activated(*layer)[group] for layer in zip(self.parameters, self.sparsity, strict=True))
 
     def _mean(self, groups: Iterable[str]) -> float:
         pairs = [
@@ -97,7 +101,11 @@ class SparsityReport:
             "activated_parameters": self.activated_parameters,
             "sparsity": {group: self.of_group(group) for group in PROJECTION_GROUPS} | {"all": self.overall},
             "layers": [
-                {"sparsity": sparsity, "parameters": parameters}
+                {
+                    "sparsity": sparsity,
+                    "parameters": parameters,
+                    "activated_parameters": _activated(parameters, sparsity),
+                }
                 for sparsity, parameters in zip(self.sparsity, self.parameters, strict=True)
             ],
         }
@@ -109,7 +117,9 @@ class SparsityReport:
         for index, (sparsity, parameters) in enumerate(zip(self.sparsity, self.parameters, strict=True)):
             layer = SparsityReport(self.tokens, [sparsity], [parameters])
             rows.append(_row(str(index), layer))
-        return "\n".join((head, *rows, "-" * len(head), _row("all", self)))
+        counts = [self.activated_of_group(group) for group in PROJECTION_GROUPS] + [self.activated_parameters]
+        activated = f"{'activated':<17}  " + "  ".join(f"{_short(count):>7}" for count in counts)
+        return "\n".join((head, *rows, "-" * len(head), _row("all", self), activated))
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Write `to_dict()` to `path`."""
@@ -132,6 +142,10 @@ class SparsityReport:
                 axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="w" if value < 60 else "k")
         figure.colorbar(image, label="percent")
         figure.savefig(path, dpi=120)
+
+
+def _activated(parameters: dict[str, int], sparsity: dict[str, float]) -> dict[str, int]:
+    return {group: round(weights * (1 - sparsity[group])) for group, weights in parameters.items()}
 
 
 def _row(name: str, report: SparsityReport) -> str:
@@ -200,20 +214,25 @@ def report_checkpoint(
     Raises:
         UserError: the checkpoint or a file cannot be read, or the text is empty.
     """
-    with user_errors():
+    if tokens < 1:
+        raise UserError(f"tokens must be at least 1, got {tokens}")
+    if output is not None:
+        with user_errors(output):
+            Path(output).mkdir(parents=True, exist_ok=True)
+    with user_errors(", ".join(map(str, text_files))):
         text = "\n".join(Path(file).read_text(encoding="utf-8", errors="replace") for file in text_files)
+    with user_errors(model):
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens])
     if len(ids) == 0:
         raise UserError(f"{', '.join(text_files)}: no text")
     rows = [row[None] for row in ids.split(row_length)]
-    report = sparsity_report(loaded, tqdm(rows, desc="measuring", unit="row"))
+    with user_errors(model), tqdm(rows, desc="measuring", unit="row") as progress:
+        report = sparsity_report(loaded, progress)
     if output is not None:
-        folder = Path(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        report.save_json(folder / "sparsity.json")
-        report.save_plot(folder / "sparsity.png")
+        report.save_json(Path(output) / "sparsity.json")
+        report.save_plot(Path(output) / "sparsity.png")
     return report
 
 
@@ -226,7 +245,9 @@ class _ZeroCounter:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> None:
         x = args[0].detach()
-        x = x[self.mask.to(x.device)] if self.mask is not None else x.reshape(-1, x.shape[-1])
+        if self.mask is not None and self.mask.shape == x.shape[:-1]:  # prompt tuning, for one, adds positions
+            x = x[self.mask.to(x.device)]
+        x = x.reshape(-1, x.shape[-1])
         self.zeros += (x == 0).sum()  # stays on the device until `fraction`
         self.entries += x.numel()
         self.tokens += x.shape[0]

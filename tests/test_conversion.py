@@ -92,6 +92,79 @@ def test_tied_embeddings_stay_tied(family, tmp_path, tokens):
     assert torch.equal(sparse(tokens).logits, dense(tokens).logits)
 
 
+def test_where_a_single_file_and_an_index_lie_together_the_file_is_read_as_transformers_does(tmp_path):
+    make(dense_config("llama"), seed=1).save_pretrained(tmp_path / "dense", max_shard_size="120KB")
+    sharded = {path: path.read_bytes() for path in (tmp_path / "dense").glob("model*")}
+    make(dense_config("llama"), seed=2).save_pretrained(tmp_path / "dense")
+    for path, content in sharded.items():
+        path.write_bytes(content)
+    convert_checkpoint(tmp_path / "dense", tmp_path / "sparse")
+    before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("dense", "sparse"))
+    assert torch.equal(after.model.norm.weight, before.model.norm.weight)
+    assert torch.equal(after.lm_head.weight, before.lm_head.weight)
+
+
+def test_companions_go_along_and_other_files_do_not(tmp_path):
+    make(dense_config("llama")).save_pretrained(tmp_path / "dense")
+    companions = {"merges.txt", "vocab.json", "chat_template.jinja", "LICENSE.md", "NOTICE", "special_tokens_map.json"}
+    for name in companions | {"README.md", "pytorch_model.bin", "code.py"}:
+        (tmp_path / "dense" / name).write_text(name)
+    (tmp_path / "dense" / "additional_chat_templates").mkdir()
+    (tmp_path / "dense" / "additional_chat_templates" / "tools.jinja").touch()
+    convert_checkpoint(tmp_path / "dense", tmp_path / "sparse")
+    assert companions <= listing(tmp_path / "sparse")
+    assert (tmp_path / "sparse" / "additional_chat_templates" / "tools.jinja").exists()
+    assert not {"README.md", "pytorch_model.bin", "code.py"} & listing(tmp_path / "sparse")
+
+
+def test_a_converted_folder_loads_without_this_package(tmp_path):
+    make(dense_config("llama")).save_pretrained(tmp_path / "dense")
+    convert_checkpoint(tmp_path / "dense", tmp_path / "sparse")
+    code = (
+        "import sys; sys.modules['qsparse_hf'] = None\n"
+        "from transformers import AutoModel, AutoModelForCausalLM\n"
+        "for auto in (AutoModelForCausalLM, AutoModel):\n"
+        "    print(type(auto.from_pretrained(sys.argv[1], trust_remote_code=True)).__name__)"
+    )
+    done = run_python(code, tmp_path / "sparse", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert done.stdout.split() == ["QSparseLlamaForCausalLM", "QSparseLlamaModel"]
+
+
+def test_mixed_dtypes_and_overflow(tmp_path):
+    model = make(dense_config("llama"), dtype=torch.bfloat16)
+    model.model.embed_tokens.float()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1e6
+    model.save_pretrained(tmp_path / "dense")
+    convert_checkpoint(tmp_path / "dense", tmp_path / "sparse")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", dtype="auto").dtype == torch.bfloat16
+    with pytest.raises(UserError, match=r"lm_head\.weight has values beyond float16's range"):
+        convert_checkpoint(tmp_path / "dense", tmp_path / "half", dtype="float16")
+    assert listing(tmp_path) == {"dense", "sparse"}
+
+
+def test_an_output_behind_a_link_is_replaced_again_and_again(tmp_path):
+    make(dense_config("llama")).save_pretrained(tmp_path / "dense")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for sparsity in (0.25, 0.5, 0.75):
+        convert_checkpoint(tmp_path / "dense", tmp_path / "link", sparsity=sparsity, overwrite=True)
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "disk").config.sparsity == sparsity
+    assert (tmp_path / "link").is_symlink()
+    assert listing(tmp_path) == {"dense", "disk", "link"}
+
+
+def test_ratios_per_projection_on_the_command_line(tmp_path, capsys):
+    make(dense_config("llama")).save_pretrained(tmp_path / "dense")
+    ratios = ("--per-projection", "o=0.25", "qkv=0", "--per-projection", "down=0.25,0.75")
+    assert main(["convert", str(tmp_path / "dense"), str(tmp_path / "sparse"), *ratios]) == 0
+    written = json.loads((tmp_path / "sparse" / "config.json").read_text())
+    assert written["sparsity_per_projection"] == {"o": 0.25, "qkv": 0, "down": [0.25, 0.75]}
+    with pytest.raises(SystemExit):
+        main(["convert", "a", "b", "--per-projection", "down:0.5"])
+    assert "must look like down=0.6" in capsys.readouterr().err
+
+
 def test_unknown_tensors_are_left_behind(tmp_path):
     """Old Llama checkpoints carry rotary buffers that no model reads."""
     make(dense_config("llama")).save_pretrained(tmp_path / "dense")
@@ -180,6 +253,10 @@ def drop_tensor(folder):
         (set_config(model_type="gpt2"), {}, "must be one of llama, mistral, qwen2, got 'gpt2'"),
         (set_config(model_type="qsparse_llama"), {}, "Q-Sparse already"),
         (set_config(quantization_config={"quant_method": "gptq"}), {}, "quantized"),
+        (set_config(model_type=["llama"]), {}, "must be one of llama, mistral, qwen2"),
+        (set_config(hidden_act="nope"), {}, "nope"),
+        (set_config(num_attention_heads=0), {}, "ZeroDivisionError"),
+        (set_config(rope_parameters={"rope_type": "bogus", "rope_theta": 1e4}), {}, "bogus"),
         (set_config(intermediate_size=80), {}, r"has shape \(96, 64\), config.json asks for \(80, 64\)"),
         (set_config(num_hidden_layers=3), {}, "lacks 9 tensor"),
         (drop_shard, {}, "model-00002-of-00003.safetensors is missing"),
@@ -282,6 +359,7 @@ def kill_while_writing(source, output) -> None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert not (partial / "config.json").exists()
 
 
 def test_kill_in_mid_write_leaves_nothing_that_loads_and_the_next_run_succeeds(large_dense, tmp_path):

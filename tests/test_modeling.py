@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -22,6 +23,8 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qsparse_hf
 from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
@@ -70,6 +73,37 @@ def test_blocks_keep_the_same_number_everywhere(family, tokens):
     model = make(sparse_config(family, sparsity_block_size=16, sparsity=0.75))
     for x, *_ in projection_inputs(model, input_ids=tokens).values():
         assert ((x.unflatten(-1, (-1, 16)) != 0).sum(-1) == 4).all()
+
+
+def test_the_rescale_reaches_every_projection(family, tokens):
+    model = make(sparse_config(family, sparsity_rescale="l2"))
+    for x, *_ in projection_inputs(model, input_ids=tokens).values():
+        assert_close(x.norm(dim=-1), torch.ones(2, 24))
+
+
+def test_head_dim_sets_the_width_of_the_attention_output(family):
+    fields = {"head_dim": 8, "sparsity_block_size": 32}  # 4 heads of 8 are 32 features, beside a hidden size of 64
+    assert make(sparse_config(family, **fields)).model.layers[0].self_attn.o_proj.in_features == 32
+    with pytest.raises(StrictDataclassError, match=r"num_attention_heads \* head_dim \(24\)"):
+        sparse_config(family, head_dim=6, sparsity_block_size=32)
+
+
+def test_attention_functions_get_dropout_window_and_every_argument(family, tokens):
+    seen = []
+
+    def attention(module, query, key, value, mask, **kwargs):
+        seen.append(kwargs)
+        return torch.zeros_like(query.transpose(1, 2)), None
+
+    ALL_ATTENTION_FUNCTIONS.register("recorder", attention)
+    AttentionMaskInterface.register("recorder", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = make(sparse_config(family, attention_dropout=0.25), attn_implementation="recorder")
+    model.train()(tokens, something="passed on")
+    model.eval()(tokens)
+    windows = {"llama": [None, None], "mistral": [8, 8], "qwen2": [None, 8]}[family]
+    assert [call["dropout"] for call in seen] == [0.25, 0.25, 0, 0]
+    assert [call["sliding_window"] for call in seen] == windows * 2
+    assert [call.get("something") for call in seen] == ["passed on", "passed on", None, None]
 
 
 def test_families_keep_what_makes_them_differ(tokens):
@@ -160,6 +194,8 @@ def test_generation_modes_agree(family, tokens):
     assert greedy.shape == (2, 36)
     assert torch.equal(model.generate(tokens, use_cache=False, **options), greedy)
     assert torch.equal(model.generate(tokens, cache_implementation="static", **options), greedy)
+    dense, twin = make_pair(family, sparsity=0)
+    assert torch.equal(*(candidate.generate(tokens, num_beams=3, **options) for candidate in (dense, twin)))
     assert model.generate(tokens, num_beams=3, **options).shape == (2, 36)
     # Transformers 5.17 cannot take tokens back from a full window, of dense models either: here it does not fill.
     window = {} if family == "llama" else {"sliding_window": 64}
@@ -177,6 +213,9 @@ def test_left_padding_changes_nothing(family, tokens):
     with torch.no_grad():
         logits = model(padded, attention_mask=mask, position_ids=positions).logits[:, 5:]
         assert_close(logits, model(tokens).logits)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    together = model.generate(padded, attention_mask=mask, **options)
+    assert torch.equal(together[:, 5:], model.generate(tokens, **options))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(family, tokens):
@@ -208,9 +247,9 @@ def test_torch_compile(family, tokens):
     model.scale_sparsity(0)
     assert_close(compiled(tokens).logits, model(tokens).logits)
     model.scale_sparsity(1)
-    dense, sparse = model(tokens).logits, compiled(tokens).logits
-    assert sparse.shape == dense.shape
-    assert (sparse - dense).abs().mean() < 0.05 * dense.abs().mean()
+    expected = model(tokens).logits
+    # Rounding may swap the two features at the edge of a top-K, which moves some logits a little.
+    assert (compiled(tokens).logits - expected).abs().mean() < 0.01 * expected.abs().mean()
 
 
 def test_resize_token_embeddings(family, tokens):
@@ -282,6 +321,8 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 base = AutoModel.from_pretrained(folder, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules"), type(model)
 assert type(base).__name__ == type(model.model).__name__
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # label smoothing shifts for these
 tokens = load_file(tokens)["tokens"]
 with torch.no_grad():
     save_file({"logits": model(tokens).logits}, logits)
@@ -339,7 +380,48 @@ def test_tensor_parallel_selects_what_one_process_does(tmp_path, tokens):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+SHARDED = """
+import sys, torch, qsparse_hf
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+folder, output = sys.argv[1:]
+torch.distributed.init_process_group("gloo", init_method=f"file://{output}-store", rank=0, world_size=1)
+mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+model = AutoModelForCausalLM.from_pretrained(folder)
+fully_shard(model.model, mesh=mesh)
+fully_shard(model, mesh=mesh)
+kind = type(model)
+assert kind.__name__ == "FSDPQSparseLlamaForCausalLM"
+model.save_pretrained(output, state_dict={name: tensor.full_tensor() for name, tensor in model.state_dict().items()})
+assert type(model) is kind
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_sharded_model_saves_what_an_unsharded_one_does(tmp_path):
+    make(sparse_config("llama")).save_pretrained(tmp_path / "plain")
+    run_python(SHARDED, tmp_path / "plain", tmp_path / "sharded")
+    files = {path.name for path in (tmp_path / "plain").iterdir()}
+    assert {path.name for path in (tmp_path / "sharded").iterdir()} == files
+    for name in files:
+        assert (tmp_path / "sharded" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name
+
+
 def test_public_names():
     for family in ("Llama", "Mistral", "Qwen2"):
         for kind in ("Config", "Model", "ForCausalLM"):
             assert hasattr(qsparse_hf, f"QSparse{family}{kind}")
+    for name in qsparse_hf.__all__:
+        assert callable(getattr(qsparse_hf, name))
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = qsparse_hf.nonsense
+
+
+def test_the_readme_example_runs(tiny_checkpoint, tmp_path, tiny_tokenizer):
+    make(dense_config("llama")).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer.save_pretrained(tmp_path / "dense")
+    (example,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    assert "quickstart/dense" in example
+    example = example.replace("quickstart/dense", str(tmp_path / "dense"))
+    example = example.replace("runs/my-sparse-model", str(tmp_path / "sparse"))
+    assert "def main(" in run_python(example).stdout

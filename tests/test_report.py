@@ -1,12 +1,15 @@
 """Measured sparsity against hand-counted zeros."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import dense_config, make, run_qsparse, sparse_config
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config
 
+from qsparse_hf.cli import main
 from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
 from qsparse_hf.report import count_parameters, sparsity_report
 
@@ -28,7 +31,11 @@ def test_measured_sparsity_and_activated_parameters(family, tokens):
     assert report.overall == pytest.approx(zeros / 61440)
     assert report.activated_parameters == 61440 - zeros
     assert count_parameters(model) == (61440, 61440 - zeros)
-    assert len(str(report).splitlines()) == 5
+    lines = str(report).splitlines()
+    assert lines[-2].split() == ["all", "34.82K", "25.0", "50.0", "50.0", "50.0", f"{100 * zeros / 61440:.1f}"]
+    assert lines[-1].split() == ["activated", "12.29K", "4.10K", "12.29K", "6.14K", "34.82K"]
+    down = report.to_dict()["layers"][1]
+    assert (down["sparsity"]["down"], down["activated_parameters"]["down"]) == (0.75, 1536)
 
 
 def test_counts_follow_blocks(family):
@@ -85,8 +92,23 @@ def test_report_command(tiny_checkpoint, tmp_path):
     assert written["sparsity"] == {**dict.fromkeys(PROJECTION_GROUPS, 0.5), "all": 0.5}
     assert (tmp_path / "out" / "sparsity.png").read_bytes()[:4] == b"\x89PNG"
 
-    for arguments in ((tmp_path / "nothing", "--text", text), (tiny_checkpoint, "--text", tmp_path / "nothing")):
-        done = run_qsparse("report", *arguments)
-        assert done.returncode == 1
-        assert "Traceback" not in done.stderr
-        assert "nothing" in done.stderr.splitlines()[-1]
+
+def test_report_command_names_mistakes(tiny_checkpoint, tmp_path, capsys):
+    text, broken, other = tmp_path / "text.txt", tmp_path / "broken", tmp_path / "gpt2"
+    text.write_text("words " * 9)
+    shutil.copytree(tiny_checkpoint, broken)
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-9])
+    shutil.copytree(tiny_checkpoint, other)
+    AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=128)).save_pretrained(other)
+    for arguments, said in (
+        ((tmp_path / "nothing", "--text", text), "nothing"),
+        ((tiny_checkpoint, "--text", tmp_path / "nothing"), "nothing"),
+        ((tiny_checkpoint, "--text", text, "--tokens", "0"), "tokens must be at least 1, got 0"),
+        ((tiny_checkpoint, "--text", text, "--output", text), "text.txt"),
+        ((broken, "--text", text), "broken"),
+        ((other, "--text", text), "GPT2LMHeadModel has no projections"),
+    ):
+        assert main(["report", *map(str, arguments)]) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("qsparse: error: ")
+        assert said in last

@@ -73,6 +73,16 @@ def test_hand_computed_block_and_rescale():
     assert topk_sparsify(x, 0.5, block_size=3).tolist() == [[3, 0, 2, 0, 8, 7]]  # half of 3 rounds up to 2
     torch.testing.assert_close(topk_sparsify(x[:, :4], 0.5, rescale="l2"), torch.tensor([[0.6, 0, 0, -0.8]]))
     assert topk_sparsify(torch.zeros(4), 0.5, rescale="l2").tolist() == [0, 0, 0, 0]
+    # The norm is the token's, over all its blocks: 4, 5, 20 and 22 survive, sqrt(16 + 25 + 400 + 484) = sqrt(925).
+    blocks = topk_sparsify(torch.tensor([4.0, 1.0, 5.0, -2.0, 20.0, 3.0, 1.0, 22.0]), 0.5, block_size=2, rescale="l2")
+    torch.testing.assert_close(blocks, torch.tensor([4.0, 0, 5, 0, 20, 0, 0, 22]) / 925**0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e15, 1e30])
+def test_rescale_at_any_scale(scale, dtype):
+    x = torch.tensor([3.0, -1.0, 2.0, -4.0], dtype=dtype)
+    assert_close(topk_sparsify(x * scale, 0.5, rescale="l2"), topk_sparsify(x, 0.5, rescale="l2"))
 
 
 @pytest.mark.parametrize("backend", IMPLS)
@@ -126,7 +136,10 @@ def test_views_with_any_strides():
     x = torch.randn(6, 10, 8)
     for view in (x.transpose(0, 2), x[::2, 1::3], x[..., ::2], x.expand(2, 6, 10, 8)):
         assert torch.equal(topk_sparsify(view, 0.5), topk_sparsify(view.contiguous(), 0.5))
-    assert torch.equal(topk_sparsify(x.transpose(1, 2), 0.5, 5), topk_sparsify(x.transpose(1, 2).contiguous(), 0.5, 5))
+    windows = torch.arange(20.0).unfold(0, 8, 1)
+    for view, block_size in ((x.transpose(1, 2), 5), (windows, 4)):
+        assert torch.equal(topk_sparsify(view, 0.5, block_size), topk_sparsify(view.contiguous(), 0.5, block_size))
+    assert torch.equal(torch.vmap(lambda row: topk_sparsify(row, 0.5))(windows), topk_sparsify(windows, 0.5))
 
 
 def test_sparsity_zero_is_the_input_itself():

@@ -12,9 +12,12 @@ import torch
 import yaml
 from conftest import REPOSITORY, assert_close, dense_config, make, run_qsparse, sparse_config
 from datasets import Dataset
+from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoModelForCausalLM, HfArgumentParser, TrainingArguments
 
+from qsparse_hf import quickstart
+from qsparse_hf.cli import main
 from qsparse_hf.errors import UserError
 from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
 from qsparse_hf.training import QSparseTrainer, QSparseTrainingArguments
@@ -203,17 +206,77 @@ def test_text_files_folders_and_columns(tmp_path):
     assert documents["body"][:] == ["third"]
 
 
+def test_evaluation_in_the_ramp_is_at_the_configured_sparsity(run_config, tmp_path):
+    """With a learning rate of almost nothing, every evaluation is of the same model."""
+    options = ("eval_on_start=true", "eval_strategy=steps", "eval_steps=2", "learning_rate=1e-12", "save_strategy=no")
+    trainer = train(str(run_config), [f"output_dir={tmp_path}", *options])
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) > 4
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize(("row", "said"), [(None, "got None"), (7, "got 7"), (["a", "b"], r"got \['a', 'b'\]")])
+def test_rows_that_are_no_text_are_named(run_config, tmp_path, row, said):
+    rows = [{"text": row}] * 3 if row is not None else [{"text": "x"}, {"text": None}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    with pytest.raises(UserError, match=rf"row \d: column 'text' must hold text, {said}"):
+        train(str(run_config), [f"output_dir={tmp_path / 'out'}", f"train_files=[{tmp_path / 'rows.jsonl'}]"])
+
+
+def test_too_little_text_is_named(run_config, tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(UserError, match=r"1 document\(s\) hold less than one sequence of 64 tokens"):
+        train(str(run_config), [f"output_dir={tmp_path / 'out'}", f"train_files=[{tmp_path / 'short.txt'}]"])
+
+
+def test_adapters_that_add_positions_and_padding_are_logged(tmp_path):
+    rows = [{"input_ids": [5] * 16, "attention_mask": [1] * 16, "labels": [5] * 16}] * 8
+    arguments = QSparseTrainingArguments(tmp_path, max_steps=2, logging_steps=1, use_cpu=True, save_strategy="no")
+    prompted = get_peft_model(make(sparse_config("llama")), PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=4))
+    trainer = QSparseTrainer(prompted, arguments, train_dataset=Dataset.from_list(rows))
+    trainer.train()
+    assert trainer.state.log_history[0]["sparsity/all"] == 0.5
+    with pytest.raises(TypeError, match="must be QSparseTrainingArguments, got TrainingArguments"):
+        QSparseTrainer(prompted, TrainingArguments(tmp_path, use_cpu=True))
+
+
+def test_quickstart_in_small(tmp_path, monkeypatch, capfd):
+    """The whole path with a handful of updates; its real lengths are `make quickstart`'s."""
+    monkeypatch.setitem(quickstart._PRETRAIN, "max_steps", 6)
+    monkeypatch.setitem(quickstart._PRETRAIN, "eval_steps", 3)
+    monkeypatch.setitem(quickstart._CONTINUE, "max_steps", 4)
+    monkeypatch.setitem(quickstart._CONTINUE, "eval_steps", 2)
+    monkeypatch.setitem(quickstart._RUN, "logging_steps", 1)
+    monkeypatch.setattr(quickstart, "EVALUATED_CHARACTERS", 300)
+    quickstart.quickstart(str(tmp_path / "out"))
+    said = capfd.readouterr().out
+    assert "identical logits" in said
+    assert said.count("4 updates later") == 3
+    for name in ("loss.png", "sparsity.png", "model.safetensors"):
+        assert (tmp_path / "out" / "sparse" / name).exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    for taken in (tmp_path / "mine", tmp_path / "mine" / "thesis.txt"):
+        with pytest.raises(UserError, match="is not a quickstart's"):
+            quickstart.quickstart(str(taken))
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["train_files=[nothing/*.txt]"], "no file matches 'nothing"),
         (["text_column=body"], "no column 'body'; it has text"),
-        (["sequence_length=100000"], "less than one sequence of 100000 tokens"),
+        (["sequence_length=129"], r"max_position_embeddings \(128\), got 129"),
         (["sequence_length=1"], "sequence_length must be at least 2, got 1"),
         (["sparsity_ramp_steps=9"], r"sparsity_ramp_steps must be at most max_steps \(8\), got 9"),
         (["sparsity_ramp_steps=-1"], "at least 0, got -1"),
         (["learning_rate=fast"], "learning_rate.*'fast'"),
-        (["lerning_rate=1"], "lerning_rate"),
+        (["lerning_rate=1"], "unknown key 'lerning_rate'; did you mean 'learning_rate'"),
+        (["max_grad_norm=null"], "max_grad_norm cannot be empty; leave it out for its default, 1.0"),
+        (["resume_from_checkpoint=nowhere"], "resume_from_checkpoint must be .*'nowhere'"),
+        (["model_fields={sparsty: 0.5}"], "qsparse_llama has no field 'sparsty'"),
+        (["model_fields=3"], "model_fields must be"),
         (["model=no/such/model"], "no/such/model"),
         (["model=null"], "give either model"),
         (["config=x.json"], "give either model"),
@@ -244,13 +307,13 @@ def test_yaml_values_arrive_as_their_field_wants_them(run_config, tmp_path):
     assert model.fields == {"sparsity": 0.5}
 
 
-@pytest.mark.parametrize("content", ["- a\n- b", "a: [", "{"])
-def test_bad_yaml_is_one_line(tmp_path, content):
-    (tmp_path / "run.yaml").write_text(content)
-    done = run_qsparse("train", tmp_path / "run.yaml")
-    assert done.returncode == 1
-    assert done.stderr.startswith("qsparse: error: ")
-    assert len(done.stderr.splitlines()) == 1
+@pytest.mark.parametrize("content", ["", "- a\n- b", "a: [", "{", "a: \xff"])
+def test_bad_yaml_is_one_line(tmp_path, capsys, content):
+    (tmp_path / "run.yaml").write_bytes(content.encode("latin-1"))
+    assert main(["train", str(tmp_path / "run.yaml")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"qsparse: error: {tmp_path / 'run.yaml'}")
+    assert len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "train").glob("*.yaml")), ids=lambda path: path.stem)

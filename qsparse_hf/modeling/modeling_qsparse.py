@@ -10,8 +10,10 @@ B batch, T tokens, D hidden size, H heads, d head size.
 import os
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from .configuration_qsparse import QSparseConfigMixin
@@ -33,8 +35,14 @@ def declare_auto_model(model: PreTrainedModel) -> None:
 
     vLLM and feature extraction ask for `AutoModel`.
     """
-    base = type(model.base_model)
-    model.config.auto_map = {"AutoModel": f"{base.__module__.split('.')[-1]}.{base.__name__}"}
+    base = _unsharded(type(model.base_model))
+    entry = {"AutoModel": f"{base.__module__.split('.')[-1]}.{base.__name__}"}
+    model.config.auto_map = (getattr(model.config, "auto_map", None) or {}) | entry
+
+
+def _unsharded(model_class: type) -> type:
+    """The class that `fully_shard` derived its own, of torch's making, from."""
+    return next(base for base in model_class.__mro__ if not issubclass(base, FSDPModule))
 
 
 class QSparseAttention:
@@ -112,7 +120,12 @@ class QSparsePreTrainedModel:
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As in Transformers; the folder also loads without this package through `trust_remote_code=True`."""
         declare_auto_model(self)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        actual_class = type(self)
+        self.__class__ = _unsharded(actual_class)  # saving names the class and copies the file that defines it
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = actual_class
 
 
 class QSparseModel(QSparsePreTrainedModel):
@@ -135,6 +148,11 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
     """A decoder with its LM head. A family names its base model's class."""
 
     base_class: type
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        # Label smoothing and the text-generation pipeline know causal LMs by this table.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.config_class.model_type] = cls.__name__
 
     def __init__(self, config: QSparseConfigMixin) -> None:
         # The dense __init__ would build the dense base model, so it is said again here.

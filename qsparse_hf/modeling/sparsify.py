@@ -49,6 +49,8 @@ IMPLS = {"torch": _mask_by_threshold, "reference": _mask_by_sort}
 class _StraightThrough(torch.autograd.Function):
     """`x * mask` whose gradient ignores the mask: `dL/dx = dL/dy` (eq. 13). Saves nothing for backward."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, x, 0)
@@ -65,6 +67,9 @@ class _StraightThrough(torch.autograd.Function):
 def _divide_by_l2_norm(x: Tensor) -> Tensor:
     """`x / ||x||_2` over the last dimension, computed in at least fp32; a row of zeros stays zero."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # Neither value nor gradient depends on a constant factor; with 1 the largest entry, no square over- or underflows.
+    largest = wide.detach().abs().amax(dim=-1, keepdim=True)
+    wide = wide / torch.where(largest > 0, largest, 1)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return (wide / torch.where(norm > 0, norm, 1)).to(x.dtype)
 
@@ -108,7 +113,7 @@ def topk_sparsify(
 
     blocks = x if block_size is None else x.unflatten(-1, (-1, block_size))
     with torch.no_grad():
-        mask = IMPLS[backend or next(iter(IMPLS))](blocks, kept_features(blocks.shape[-1], sparsity)).view(x.shape)
+        mask = IMPLS[backend or next(iter(IMPLS))](blocks, kept_features(blocks.shape[-1], sparsity)).reshape(x.shape)
     y = _StraightThrough.apply(x, mask) if ste else torch.where(mask, x, 0)
     return _divide_by_l2_norm(y) if rescale == "l2" else y
 
@@ -128,4 +133,5 @@ class Sparsify(nn.Module):
         return topk_sparsify(x, self.sparsity * self.factor, self.block_size, self.rescale, self.ste)
 
     def extra_repr(self) -> str:
-        return f"sparsity={self.sparsity:g}, block_size={self.block_size}, rescale={self.rescale!r}, ste={self.ste}"
+        sparsity = self.sparsity * self.factor
+        return f"sparsity={sparsity:g}, block_size={self.block_size}, rescale={self.rescale!r}, ste={self.ste}"

@@ -139,9 +139,17 @@ def pack_dataset(
     """
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no eos_token; set one to mark where texts end")
+
+    def tokenize(rows: dict[str, list], indices: list[int]) -> dict[str, list[list[int]]]:
+        for index, text in zip(indices, rows[text_column], strict=True):
+            if not isinstance(text, str):
+                raise UserError(f"row {index}: column {text_column!r} must hold text, got {text!r}")
+        return {"tokens": tokenizer(rows[text_column], verbose=False)["input_ids"]}
+
     tokenized = documents.map(
-        lambda rows: {"tokens": tokenizer(rows[text_column], verbose=False)["input_ids"]},
+        tokenize,
         batched=True,
+        with_indices=True,
         remove_columns=documents.column_names,
         desc="tokenizing",
     )

@@ -1,8 +1,8 @@
 """One YAML file is one training run, from scratch or from a checkpoint."""
 
+import difflib
 import json
-import re
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgu
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import UserError, user_errors
+from ..errors import UserError, first_line, user_errors
 from .data import DataArguments, collate_packed, load_documents, pack_dataset
 from .trainer import QSparseTrainer, QSparseTrainingArguments
 
@@ -47,28 +47,40 @@ class ModelArguments:
 class _LossBar(ProgressCallback):
     """The progress bar with the latest losses on it, where the default prints every log entry in full."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, float] = {}
+
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.training_bar is not None:
             shown = {name: logs[name] for name in ("loss", "eval_loss", "sparsity/all") if name in logs}
-            self._shown = getattr(self, "_shown", {}) | shown
+            self._shown |= shown
             self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in self._shown.items()})
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML where `no` and `off` are words, as `save_strategy: no` means them; only true and false are booleans."""
-
-
-_BOOL = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|false|False)$"), list("tTfF"))
 
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(message)
+
+
+def _read_yaml(text: str, source: str) -> dict[str, str | list[str] | None]:
+    """The top-level fields of a YAML text, scalars as they are written, mappings as JSON.
+
+    The command-line parser knows each field's type; YAML would read `no` as false and 1e-4 as a string.
+    """
+    try:
+        written, typed = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+    if typed is None:
+        raise UserError(f"{source} is empty")
+    if not isinstance(typed, dict):
+        raise UserError(f"{source} must hold `key: value` lines, got {type(typed).__name__}")
+    pairs = zip(written.items(), typed.values(), strict=True)
+    return {
+        key: None if value is None else json.dumps(value) if isinstance(value, dict) else scalar
+        for (key, scalar), value in pairs
+    }
 
 
 def parse(config: str, overrides: list[str]) -> tuple[ModelArguments, DataArguments, QSparseTrainingArguments]:
@@ -78,32 +90,31 @@ def parse(config: str, overrides: list[str]) -> tuple[ModelArguments, DataArgume
         UserError: an unreadable file, an unknown key or a value of the wrong type.
     """
     try:
-        values = yaml.load(Path(config).read_text(), _Loader)
-    except OSError as error:
-        raise UserError(f"{config}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{config} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{config} must hold `key: value` lines, got {type(values).__name__}")
+        text = Path(config).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{config}: {first_line(error)}") from None
+    values = _read_yaml(text, config)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"overrides look like key=value, got {override!r}")
-        try:
-            values[key] = yaml.load(value, _Loader)
-        except yaml.YAMLError:
-            values[key] = value
+        values |= _read_yaml(f"{key}: {value}", override)
 
-    # Through the command-line parser, which knows the type of each field: YAML reads 1e-4 as a string.
+    kinds = (ModelArguments, DataArguments, QSparseTrainingArguments)
+    defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for k in kinds for f in fields(k)}
     arguments = []
     for key, value in values.items():
-        if value is None:
-            continue
-        if isinstance(value, list):
-            arguments += [f"--{key}", *map(str, value)]
+        if key not in defaults:
+            close = difflib.get_close_matches(key, defaults, n=1)
+            raise UserError(f"{config}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        if value is None or value == []:
+            if defaults.get(key) not in (None, [], value):
+                raise UserError(f"{config}: {key} cannot be empty; leave it out for its default, {defaults[key]!r}")
+        elif isinstance(value, list):
+            arguments += [f"--{key}", *value]
         else:
-            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    parser = _Parser((ModelArguments, DataArguments, QSparseTrainingArguments), allow_abbrev=False)
+            arguments.append(f"--{key}={value}")
+    parser = _Parser(kinds, allow_abbrev=False)
     try:
         return parser.parse_args_into_dataclasses(arguments)
     except (ValueError, TypeError, ImportError) as error:
@@ -112,10 +123,13 @@ def parse(config: str, overrides: list[str]) -> tuple[ModelArguments, DataArgume
 
 def load_model(arguments: ModelArguments) -> PreTrainedModel:
     """The model to train: a checkpoint's, or one of a configuration with fresh weights."""
-    with user_errors():
+    source = arguments.model or arguments.config
+    with user_errors(source):
+        config, unknown = AutoConfig.from_pretrained(source, **arguments.fields, return_unused_kwargs=True)
+        if unknown:
+            raise UserError(f"model_fields: {config.model_type} has no field {next(iter(unknown))!r}")
         if arguments.model:
-            return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **arguments.fields)
-        config = AutoConfig.from_pretrained(arguments.config, **arguments.fields)
+            return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=arguments.dtype)
         return AutoModelForCausalLM.from_config(config, dtype=arguments.dtype)
 
 
@@ -127,15 +141,24 @@ def train(config: str, overrides: list[str] | None = None) -> QSparseTrainer:
         overrides: `key=value` strings that win over it. `resume_from_checkpoint=last` goes on where a run stopped.
 
     Raises:
-        UserError: anything in them that cannot be run, before anything is written.
+        UserError: anything in them that cannot be run, before training starts.
     """
     model_arguments, data_arguments, training_arguments = parse(config, overrides or [])
     resume = _checkpoint_to_resume(training_arguments)
     set_seed(training_arguments.seed)
+    if training_arguments.device.type == "cpu":
+        training_arguments.dataloader_pin_memory = False  # it only warns there
 
-    with user_errors():
-        tokenizer = AutoTokenizer.from_pretrained(model_arguments.tokenizer or model_arguments.model)
+    tokenizer_source = model_arguments.tokenizer or model_arguments.model
+    with user_errors(tokenizer_source):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
     model = load_model(model_arguments)
+    longest = model.config.max_position_embeddings
+    if data_arguments.sequence_length > longest:
+        raise UserError(
+            f"sequence_length must be at most the model's max_position_embeddings ({longest}), "
+            f"got {data_arguments.sequence_length}"
+        )
     with training_arguments.main_process_first(desc="preparing data"):
         train_set, eval_set = (
             pack_dataset(documents, tokenizer, data_arguments.text_column, data_arguments.sequence_length)
@@ -165,6 +188,8 @@ def train(config: str, overrides: list[str] | None = None) -> QSparseTrainer:
 
 
 def _checkpoint_to_resume(arguments: QSparseTrainingArguments) -> str | None:
+    if Path(arguments.output_dir).exists() and not Path(arguments.output_dir).is_dir():
+        raise UserError(f"output_dir {arguments.output_dir} is a file")
     last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
     if arguments.resume_from_checkpoint in ("last", "true", "True"):
         return last
@@ -173,4 +198,7 @@ def _checkpoint_to_resume(arguments: QSparseTrainingArguments) -> str | None:
             f"{arguments.output_dir} holds {Path(last).name} of an earlier run; "
             "go on with resume_from_checkpoint=last, or choose another output_dir"
         )
-    return arguments.resume_from_checkpoint
+    checkpoint = arguments.resume_from_checkpoint
+    if checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").exists():
+        raise UserError(f"resume_from_checkpoint must be `last` or a checkpoint's folder, got {checkpoint!r}")
+    return checkpoint

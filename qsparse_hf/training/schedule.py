@@ -38,3 +38,8 @@ class SparsityRamp(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
     ) -> None:
         model.scale_sparsity(sparsity_factor(state.global_step, self.ramp_steps, self.levels))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+    ) -> None:
+        model.scale_sparsity(1)

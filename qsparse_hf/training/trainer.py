@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..errors import UserError
-from ..report import sparsity_report
+from ..report import projections, sparsity_report
 from .schedule import SparsityRamp
 
 
@@ -48,24 +49,32 @@ class QSparseTrainer(Trainer):
     of the first row of the latest batch.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module, args: QSparseTrainingArguments, *rest, **kwargs) -> None:
+        if not isinstance(args, QSparseTrainingArguments):
+            raise TypeError(f"args must be QSparseTrainingArguments, got {type(args).__name__}")
+        super().__init__(model, args, *rest, **kwargs)
         self._latest_row: dict[str, torch.Tensor] | None = None
-        ramp_steps = getattr(self.args, "sparsity_ramp_steps", 0)
-        if ramp_steps:
+        self._measures = args.log_sparsity and any(True for _ in projections(self.model))
+        if args.sparsity_ramp_steps:
             if not hasattr(self.model, "scale_sparsity"):
                 raise UserError(f"sparsity_ramp_steps needs a Q-Sparse model, got {type(self.model).__name__}")
-            self.add_callback(SparsityRamp(ramp_steps, self.args.sparsity_ramp_levels))
-            # Every level of the ramp is a program of its own, for training and for evaluation.
-            limit = torch._dynamo.config.recompile_limit
-            torch._dynamo.config.recompile_limit = max(limit, 2 * self.args.sparsity_ramp_levels + limit)
+            self.add_callback(SparsityRamp(args.sparsity_ramp_steps, args.sparsity_ramp_levels))
+            if args.torch_compile:  # every level is a program of its own
+                config = torch._dynamo.config
+                config.recompile_limit = max(config.recompile_limit, args.sparsity_ramp_levels + 8)
 
-    def training_step(self, model: torch.nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
-        if getattr(self.args, "log_sparsity", True):
+    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
+        if self._measures:
             self._latest_row = {
-                name: value[:1] for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim
+                name: value[:1] for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim > 1
             }
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As in Transformers, at the configured sparsity even while the ramp climbs: what a checkpoint will run at."""
+        if self.args.sparsity_ramp_steps:
+            self.model.scale_sparsity(1)  # the next update sets it to the ramp's again
+        return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._latest_row is not None:
