@@ -49,8 +49,6 @@ IMPLS = {"torch": _mask_by_threshold, "reference": _mask_by_sort}
 class _StraightThrough(torch.autograd.Function):
     """`x * mask` whose gradient ignores the mask: `dL/dx = dL/dy` (eq. 13). Saves nothing for backward."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, x, 0)
