@@ -151,8 +151,9 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        # Label smoothing and the text-generation pipeline know causal LMs by this table.
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.config_class.model_type] = cls.__name__
+        if "base_class" in vars(cls):  # a family's class, not one that somebody or `fully_shard` derived from it
+            # Label smoothing and the text-generation pipeline know causal LMs by this table.
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[cls.config_class.model_type] = cls.__name__
 
     def __init__(self, config: QSparseConfigMixin) -> None:
         # The dense __init__ would build the dense base model, so it is said again here.
