@@ -26,7 +26,7 @@ __all__ = [
     "topk_sparsify",
 ]
 
-# Imported on first use: they bring the Trainer and matplotlib's and pandas' weight, which decoding does not need.
+# Imported on first use: they bring the Trainer, which decoding does not need.
 _LAZY = {
     "QSparseTrainer": ".training",
     "QSparseTrainingArguments": ".training",
