@@ -386,23 +386,24 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
 
 
 PEAK = """
-import os, resource, sys
-from qsparse_hf.cli import main
+import re, sys
 from qsparse_hf.conversion import convert_checkpoint
 source, output, dtype = sys.argv[1:]
 convert_checkpoint(source, output + "-first", max_shard_size="20MB", dry_run=True)
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # of this process alone; getrusage's begins with its parent's
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 before = peak()
 convert_checkpoint(source, output, max_shard_size="20MB", dtype=dtype)
 print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_is_a_shard_not_a_model(large_dense, tmp_path, dtype):
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 30e6), ("bfloat16", 45e6)])
+def test_memory_is_a_shard_not_a_model(large_dense, tmp_path, dtype, allowed):
+    """A 20 MB shard, and the allocator's slack; a cast also holds the tensor it reads."""
     extra = int(run_python(PEAK, large_dense, tmp_path / "sparse", dtype).stdout)
     assert (large_dense / "model.safetensors").stat().st_size > 300e6
-    assert extra < 80e6  # a 20 MB shard, its source pages, the allocator's slack
+    assert 10e6 < extra < allowed
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="a small disk needs root's tmpfs")
