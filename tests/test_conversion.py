@@ -398,9 +398,9 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 30e6), ("bfloat16", 45e6)])
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 30e6), ("bfloat16", 80e6)])
 def test_memory_is_a_shard_not_a_model(large_dense, tmp_path, dtype, allowed):
-    """A 20 MB shard, and the allocator's slack; a cast also holds the tensor it reads."""
+    """A 20 MB shard and some slack; a cast also holds the tensor it reads and what the allocator keeps of the last."""
     extra = int(run_python(PEAK, large_dense, tmp_path / "sparse", dtype).stdout)
     assert (large_dense / "model.safetensors").stat().st_size > 300e6
     assert 10e6 < extra < allowed
