@@ -1,7 +1,7 @@
 """The whole path on a CPU in minutes: Python's own sources become a dense Llama, then a Q-Sparse one.
 
 Every step is the one a real checkpoint takes: `train`, `convert_checkpoint`, `train` again, `report_checkpoint`. The
-two YAML files it writes can be run again with `qsparse train`.
+YAML files it writes show the runs as `qsparse train` takes them.
 """
 
 import json

@@ -236,6 +236,11 @@ def test_adapters_that_add_positions_and_padding_are_logged(tmp_path):
     trainer = QSparseTrainer(prompted, arguments, train_dataset=Dataset.from_list(rows))
     trainer.train()
     assert trainer.state.log_history[0]["sparsity/all"] == 0.5
+
+    padded = [row | {"attention_mask": [0] * 16} for row in rows]
+    trainer = QSparseTrainer(make(sparse_config("llama")), arguments, train_dataset=Dataset.from_list(padded))
+    trainer.train()
+    assert "sparsity/all" not in trainer.state.log_history[0]
     with pytest.raises(TypeError, match="must be QSparseTrainingArguments, got TrainingArguments"):
         QSparseTrainer(prompted, TrainingArguments(tmp_path, use_cpu=True))
 

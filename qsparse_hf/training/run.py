@@ -108,7 +108,7 @@ def parse(config: str, overrides: list[str]) -> tuple[ModelArguments, DataArgume
             close = difflib.get_close_matches(key, defaults, n=1)
             raise UserError(f"{config}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
         if value is None or value == []:
-            if defaults.get(key) not in (None, [], value):
+            if defaults[key] not in (None, [], value):
                 raise UserError(f"{config}: {key} cannot be empty; leave it out for its default, {defaults[key]!r}")
         elif isinstance(value, list):
             arguments += [f"--{key}", *value]

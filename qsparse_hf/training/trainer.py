@@ -78,6 +78,7 @@ class QSparseTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._latest_row is not None:
-            model = self.accelerator.unwrap_model(self.model)
-            logs = logs | sparsity_report(model, self._prepare_inputs(self._latest_row)).metrics()
+            row = self._prepare_inputs(self._latest_row)
+            if "attention_mask" not in row or row["attention_mask"].any():  # a row of padding alone says nothing
+                logs = logs | sparsity_report(self.accelerator.unwrap_model(self.model), row).metrics()
         super().log(logs, *args, **kwargs)
