@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from .errors import UserError
+from .errors import Interrupted, UserError
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = verb(
         train,
-        "Train from a YAML file: from scratch or continuing a checkpoint.",
+        "Train from a YAML file: from scratch, continuing a checkpoint, or fine-tuning one.",
         "qsparse train configs/train/continue_tiny.yaml model=my-checkpoint learning_rate=1e-4",
     )
     p.add_argument("config", help="YAML file; configs/train/ has examples")
@@ -110,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="win over the file; fields of ModelArguments, DataArguments and QSparseTrainingArguments, "
+        help="win over the file; fields of RunArguments, DataArguments and QSparseTrainingArguments, "
         "which are TrainingArguments and more; resume_from_checkpoint=last goes on where a run stopped",
     )
 
@@ -136,13 +136,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; a mistake of the user's becomes one line on stderr and exit code 1."""
+    """Run one command; a mistake of the user's becomes one line on stderr and exit code 1, SIGTERM in training 143."""
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except UserError as error:
         print(f"qsparse: error: {error}", file=sys.stderr)
         return 1
+    except Interrupted as error:
+        print(f"qsparse: {error}", file=sys.stderr)
+        return 143  # 128 + SIGTERM: what started the command sees that it is not done
     except KeyboardInterrupt:
         print("qsparse: interrupted", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""Mistakes of the user's, in one line each."""
+"""Mistakes of the user's and interruptions, in one line each."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,10 @@ from huggingface_hub.errors import StrictDataclassError
 
 class UserError(ValueError):
     """Says in one line what was given, what is wrong with it and what is allowed; commands print it and exit with 1."""
+
+
+class Interrupted(Exception):
+    """A signal ended the work; says what was saved and how to go on. Commands print it and exit with 143."""
 
 
 def first_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ Every step is the one a real checkpoint takes: `train`, `convert_checkpoint`, `t
 YAML files it writes show the runs as `qsparse train` takes them.
 """
 
+import ast
 import json
 import math
 import shutil
@@ -76,7 +77,8 @@ def quickstart(output: str) -> None:
 
     _say("1/6  Python's standard library as text, and a tokenizer for it")
     corpus = _write_corpus(folder)
-    _train_tokenizer(corpus["train_files"], folder / "tokenizer")
+    _write_questions(folder)
+    _train_tokenizer(corpus["train_data"], folder / "tokenizer")
     LlamaConfig(**_MODEL, bos_token_id=None, eos_token_id=0, pad_token_id=0).to_json_file(folder / "model.json")
 
     _say("2/6  A small dense Llama, trained from scratch")
@@ -92,7 +94,7 @@ def quickstart(output: str) -> None:
         histories[name] = _train(folder / f"{output.name}.yaml", corpus | _CONTINUE | {"model": str(start)}, output)
 
     _say("5/6  What the sparse model reads, measured on held-out modules")
-    report = report_checkpoint(str(sparse), corpus["eval_files"], output=str(sparse), tokens=4096)
+    report = report_checkpoint(str(sparse), corpus["eval_data"], output=str(sparse), tokens=4096)
     print(report)
 
     _say("6/6  A sample, and the same model again from disk in a fresh process")
@@ -121,8 +123,24 @@ def _write_corpus(folder: Path) -> dict[str, list[str]]:
     for split, documents in texts.items():
         target = folder / f"{split}.jsonl"
         target.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents if text.strip()))
-        corpus[f"{split}_files"] = [str(target)]
+        corpus[f"{split}_data"] = [str(target)]
     return corpus
+
+
+def _write_questions(folder: Path) -> None:
+    """Functions with a docstring, as pairs for fine-tuning: what it says asks for the code."""
+    lines = []
+    for line in (folder / "train.jsonl").read_text().splitlines():
+        text = json.loads(line)["text"]
+        try:
+            functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+        except SyntaxError:  # another Python's
+            continue
+        for function in functions:
+            code = ast.get_source_segment(text, function)
+            if (asked := ast.get_docstring(function)) and len(code) < 600:
+                lines.append(json.dumps({"prompt": asked, "completion": code}) + "\n")
+    (folder / "questions.jsonl").write_text("".join(lines))
 
 
 def _train_tokenizer(files: list[str], folder: Path) -> None:

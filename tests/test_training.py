@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, assert_close, dense_config, make, run_qsparse, sparse_config
+from conftest import REPOSITORY, dense_config, make, run_qsparse, sparse_config
 from datasets import Dataset
 from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
@@ -21,8 +21,8 @@ from qsparse_hf.cli import main
 from qsparse_hf.errors import UserError
 from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
 from qsparse_hf.training import QSparseTrainer, QSparseTrainingArguments
-from qsparse_hf.training.data import DataArguments, collate_packed, load_documents, pack
-from qsparse_hf.training.run import parse, train
+from qsparse_hf.training.recipe import parse
+from qsparse_hf.training.run import train
 from qsparse_hf.training.schedule import sparsity_factor
 
 STEPS = 8
@@ -37,8 +37,8 @@ def run_config(tmp_path_factory, tiny_checkpoint) -> Path:
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
     config = {
         "model": str(tiny_checkpoint),
-        "train_files": [str(folder / "train.jsonl")],
-        "eval_files": [str(folder / "eval.jsonl")],
+        "train_data": [str(folder / "train.jsonl")],
+        "eval_data": [str(folder / "eval.jsonl")],
         "sequence_length": 64,
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
@@ -52,31 +52,6 @@ def run_config(tmp_path_factory, tiny_checkpoint) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-def test_pack_by_hand():
-    rows = list(pack([[5, 6, 7], [8], [9, 10, 11, 12, 13]], end=2, sequence_length=4))
-    assert rows == [
-        {"input_ids": [5, 6, 7, 2], "position_ids": [0, 1, 2, 3]},
-        {"input_ids": [8, 2, 9, 10], "position_ids": [0, 1, 0, 1]},
-        {"input_ids": [11, 12, 13, 2], "position_ids": [0, 1, 2, 3]},
-    ]
-    assert list(pack([[5]], end=2, sequence_length=4)) == []
-    assert collate_packed(rows)["labels"].tolist() == [[-100, 6, 7, 2], [-100, 2, -100, 10], [-100, 12, 13, 2]]
-
-
-def test_packed_documents_do_not_see_each_other(family):
-    model = make(sparse_config(family))
-    first, second = list(range(3, 13)), list(range(20, 34))
-    (row,) = pack([first, second], end=2, sequence_length=26)
-    batch = collate_packed([row])
-    logits = [
-        model(batch["input_ids"], position_ids=positions, use_cache=False).logits[0, 11:]
-        for positions in (batch["position_ids"], torch.arange(26)[None])
-    ]
-    alone = model(torch.tensor([[*second, 2]]), use_cache=False).logits[0]
-    assert_close(logits[0], alone)
-    assert not torch.allclose(logits[1], alone, atol=0.1)  # without the restart they do see each other
 
 
 @pytest.mark.parametrize(
@@ -189,23 +164,6 @@ def test_the_trainer_takes_a_dense_model_and_any_dataset(tmp_path):
         )
 
 
-def test_text_files_folders_and_columns(tmp_path):
-    (tmp_path / "a.py").write_text("first\ndocument")
-    (tmp_path / "b.txt").write_bytes(b"sec\xffond")
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"body": "third", "id": 1}) + "\n")
-    documents, evaluated = load_documents(DataArguments(train_files=[str(tmp_path / "*.[pt][yx]*")]))
-    assert (documents["text"][:], evaluated) == (["first\ndocument", "sec�ond"], None)
-    everything, _ = load_documents(DataArguments(train_files=[str(tmp_path)], text_column="body"))
-    assert sorted(everything["body"]) == ["first\ndocument", "sec�ond", "third"]
-    (tmp_path / "a.py").write_text("changed")  # no stale cache
-    documents, _ = load_documents(DataArguments(train_files=[str(tmp_path / "a.py")]))
-    assert documents["text"][:] == ["changed"]
-    documents, _ = load_documents(DataArguments(dataset=str(tmp_path), text_column="body", train_split="train[:1]"))
-    assert documents["body"][:] == ["third"]
-
-
 def test_evaluation_in_the_ramp_is_at_the_configured_sparsity(run_config, tmp_path):
     """With a learning rate of almost nothing, every evaluation is of the same model."""
     options = ("eval_on_start=true", "eval_strategy=steps", "eval_steps=2", "learning_rate=1e-12", "save_strategy=no")
@@ -213,20 +171,6 @@ def test_evaluation_in_the_ramp_is_at_the_configured_sparsity(run_config, tmp_pa
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(losses) > 4
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-6)
-
-
-@pytest.mark.parametrize(("row", "said"), [(None, "got None"), (7, "got 7"), (["a", "b"], r"got \['a', 'b'\]")])
-def test_rows_that_are_no_text_are_named(run_config, tmp_path, row, said):
-    rows = [{"text": row}] * 3 if row is not None else [{"text": "x"}, {"text": None}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
-    with pytest.raises(UserError, match=rf"row \d: column 'text' must hold text, {said}"):
-        train(str(run_config), [f"output_dir={tmp_path / 'out'}", f"train_files=[{tmp_path / 'rows.jsonl'}]"])
-
-
-def test_too_little_text_is_named(run_config, tmp_path):
-    (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(UserError, match=r"1 document\(s\) hold less than one sequence of 64 tokens"):
-        train(str(run_config), [f"output_dir={tmp_path / 'out'}", f"train_files=[{tmp_path / 'short.txt'}]"])
 
 
 def test_adapters_that_add_positions_and_padding_are_logged(tmp_path):
@@ -270,8 +214,7 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["train_files=[nothing/*.txt]"], "no file matches 'nothing"),
-        (["text_column=body"], "no column 'body'; it has text"),
+        (["train_data=[nothing/*.txt]"], "no file matches 'nothing"),
         (["sequence_length=129"], r"max_position_embeddings \(128\), got 129"),
         (["sequence_length=1"], "sequence_length must be at least 2, got 1"),
         (["sparsity_ramp_steps=9"], r"sparsity_ramp_steps must be at most max_steps \(8\), got 9"),
@@ -285,7 +228,19 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capfd):
         (["model=no/such/model"], "no/such/model"),
         (["model=null"], "give either model"),
         (["config=x.json"], "give either model"),
-        (["dataset=x"], "give either train_files or dataset"),
+        (["train_data=[]"], "train_data must name what to train on"),
+        (["train_data=[{file: a}]"], "no field 'file'"),
+        (["per_device_train_batch_size=0"], "per_device_train_batch_size must be at least 1, got 0"),
+        (["global_batch_size=6"], r"multiple of per_device_train_batch_size \* processes \(4 \* 1\), got 6"),
+        (["max_steps=50"], "needs 200 sequences and the training data holds 192: .*repeat_data=true"),
+        (["streaming=true", "max_steps=-1"], "a stream has no known length"),
+        (["streaming=true", "dataloader_num_workers=1"], "needs dataloader_num_workers 0, got 1"),
+        (["on_bad_row=ignore"], "on_bad_row must be error or skip, got 'ignore'"),
+        (["stage=distill"], "stage must be one of pretrain, continue, sft, got 'distill'"),
+        (["stage=pretrain"], "stage pretrain needs config"),
+        (["lora={rank: 4}"], "lora: .*rank"),
+        (["distill_from=no/such/model"], "distill_from: no/such/model"),
+        (["distill_weight=2"], "distill_weight must be above 0 and at most 1, got 2"),
         (["model_fields={sparsity: 2}"], "sparsity must be .*got 2"),
         (["nonsense"], "key=value, got 'nonsense'"),
     ],
@@ -301,14 +256,14 @@ def test_yaml_values_arrive_as_their_field_wants_them(run_config, tmp_path):
         "save_strategy=no",
         "learning_rate=1e-4",
         "bf16=true",
-        "train_files=[a, b]",
+        "train_data=[a, b]",
         "model_fields={sparsity: 0.5}",
     ]
     model, data, training = parse(str(run_config), [*overrides, f"output_dir={tmp_path}"])
     assert training.save_strategy == "no"
     assert training.learning_rate == 1e-4
     assert training.bf16 is True
-    assert data.train_files == ["a", "b"]
+    assert data.train_data == ["a", "b"]
     assert model.fields == {"sparsity": 0.5}
 
 
@@ -326,6 +281,6 @@ def test_shipped_configs_parse(path, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     model, data, training = parse(str(path), ["use_cpu=true"])
     assert training.output_dir == f"runs/{path.stem}"
-    assert data.train_files
+    assert data.train_data
     if model.config:
         assert Path(model.config).exists()

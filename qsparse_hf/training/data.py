@@ -1,111 +1,88 @@
 """Text into packed sequences.
 
-A document is one row of a dataset or one text file. Documents are tokenized, closed with the end-of-text token, laid
-end to end and cut into sequences of one length; the last, incomplete one is dropped. Position ids restart with every
-document, which is how Transformers' attention masks (and variable-length flash attention) keep documents apart.
+Documents are tokenized, closed with the end-of-text token, laid end to end and cut into sequences of one length; the
+last, incomplete one is dropped. Position ids restart with every document, which is how Transformers' attention masks
+(and variable-length flash attention) keep documents apart.
 """
 
-import glob
-from collections.abc import Iterable, Iterator
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher, generate_random_fingerprint
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UserError, first_line
+from ..errors import UserError
+from .sources import RowCheck, Source, cache_sidecar, read_documents
 
-# Files of tables are read by the builder of that name; any other file is one document.
-_TABLES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-_TEXTS = {".txt", ".md", ".rst", ".py"}
+logger = logging.getLogger(__name__)
+
+_TOKENIZED_TOGETHER = 128  # documents: enough for the tokenizer's threads, few enough to read again on resume
 
 
 @dataclass
 class DataArguments:
-    """Where the text comes from and how long a sequence is."""
-
-    train_files: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Files, folders or globs: .jsonl, .json, .parquet and .csv hold rows, others one document."},
-    )
-    eval_files: list[str] = field(default_factory=list, metadata={"help": "The same for evaluation."})
-    dataset: str | None = field(default=None, metadata={"help": "A dataset on the Hub or a local folder, instead."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration (subset)."})
-    train_split: str = field(default="train", metadata={"help": "Its split to train on, slices like train[:1%] too."})
-    eval_split: str | None = field(default=None, metadata={"help": "Its split to evaluate on."})
-    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
-    sequence_length: int = field(default=2048, metadata={"help": "Tokens in a packed sequence."})
-
-    def __post_init__(self) -> None:
-        if bool(self.train_files) == bool(self.dataset):
-            raise UserError("give either train_files or dataset")
-        if self.sequence_length < 2:
-            raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
-
-
-def load_documents(arguments: DataArguments) -> tuple[Dataset, Dataset | None]:
-    """The training and, where asked for, evaluation documents, with their text in `arguments.text_column`.
+    """What is read and how it becomes sequences.
 
     Raises:
-        UserError: nothing matches, a source cannot be read, or the column is missing.
+        UserError: a field outside its range.
     """
-    if arguments.dataset is None:
-        train = _from_files(arguments.train_files, arguments.text_column)
-        return train, _from_files(arguments.eval_files, arguments.text_column) if arguments.eval_files else None
 
-    def split(name: str) -> Dataset:
-        try:
-            documents = load_dataset(arguments.dataset, arguments.dataset_config, split=name)
-        except Exception as error:  # builders raise what they like
-            raise UserError(f"dataset {arguments.dataset!r}, split {name!r}: {_reason(error)}") from error
-        return _with_text(documents, arguments.text_column, arguments.dataset)
+    train_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Sources: paths, folders, globs, or {dataset: ..., columns: ..., probability: ...}."},
+    )
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "The same for evaluation."})
+    sequence_length: int = field(default=2048, metadata={"help": "Tokens in a sequence."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read and pack the training data while training, instead of before, on disk."}
+    )
+    shuffle_window: int = field(
+        default=1024, metadata={"help": "Streaming: so many packed sequences are shuffled among themselves."}
+    )
+    repeat_data: bool = field(
+        default=False, metadata={"help": "Begin anew, in another order, where max_steps needs more than there is."}
+    )
+    on_bad_row: str = field(
+        default="error",
+        metadata={"help": "A row that is malformed, empty or without its column: error, or skip and count."},
+    )
 
-    return split(arguments.train_split), split(arguments.eval_split) if arguments.eval_split else None
-
-
-def _from_files(patterns: Iterable[str], text_column: str) -> Dataset:
-    by_builder: dict[str, list[str]] = {}
-    for pattern in patterns:
-        files = _match(pattern)
-        if not files:
-            raise UserError(f"no file matches {pattern!r}")
-        for file in files:
-            by_builder.setdefault(_TABLES.get(file.suffix, "text"), []).append(str(file))
-
-    parts = []
-    for builder, files in by_builder.items():
-        options = {"sample_by": "document", "encoding_errors": "replace"} if builder == "text" else {}
-        try:
-            rows = load_dataset(builder, data_files=files, split="train", **options)
-        except Exception as error:  # builders raise what they like
-            raise UserError(f"{files[0]} (and {len(files) - 1} more): {_reason(error)}") from error
-        if builder == "text" and text_column != "text":
-            rows = rows.rename_column("text", text_column)
-        parts.append(_with_text(rows, text_column, files[0]).select_columns(text_column))
-    return concatenate_datasets(parts)
+    def __post_init__(self) -> None:
+        if not self.train_data:
+            raise UserError("train_data must name what to train on")
+        self.train_sources = [Source.parse(source) for source in self.train_data]
+        self.eval_sources = [Source.parse(source) for source in self.eval_data]
+        if self.sequence_length < 2:
+            raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
+        if self.shuffle_window < 1:
+            raise UserError(f"shuffle_window must be at least 1, got {self.shuffle_window}")
+        if self.on_bad_row not in ("error", "skip"):
+            raise UserError(f"on_bad_row must be error or skip, got {self.on_bad_row!r}")
 
 
-def _match(pattern: str) -> list[Path]:
-    if Path(pattern).is_dir():
-        return sorted(path for path in Path(pattern).rglob("*") if path.suffix in _TABLES.keys() | _TEXTS)
-    return sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+class Packed(NamedTuple):
+    """A sequence and how many tokens of the document it ends in are used up, its end token included."""
+
+    row: dict[str, list[int]]
+    used: int
 
 
-def _with_text(documents: Dataset, column: str, source: str) -> Dataset:
-    if column not in documents.column_names:
-        raise UserError(f"{source} has no column {column!r}; it has {', '.join(documents.column_names)}")
-    return documents
-
-
-def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return first_line(error)
-
-
-def pack(documents: Iterable[list[int]], end: int, sequence_length: int) -> Iterator[dict[str, list[int]]]:
+def pack(documents: Iterable[list[int]], end: int, sequence_length: int, start: int = 0) -> Iterator[Packed]:
     """Lay documents (token ids) end to end, each closed by the token `end`, and cut sequences from them.
+
+    Args:
+        documents: their tokens.
+        end: closes every document.
+        sequence_length: tokens in a sequence.
+        start: tokens of the first document that are used up already.
 
     Yields:
         `input_ids` and `position_ids`, `sequence_length` each; positions count from 0 in every document, and from the
@@ -115,52 +92,15 @@ def pack(documents: Iterable[list[int]], end: int, sequence_length: int) -> Iter
     positions: list[int] = []
     for document in documents:
         document = [*document, end]
-        start = 0
         while start < len(document):
             piece = document[start : start + sequence_length - len(tokens)]
             tokens += piece
             positions += range(len(piece))
             start += len(piece)
             if len(tokens) == sequence_length:
-                yield {"input_ids": tokens, "position_ids": positions}
+                yield Packed({"input_ids": tokens, "position_ids": positions}, start)
                 tokens, positions = [], []
-
-
-def pack_dataset(
-    documents: Dataset, tokenizer: PreTrainedTokenizerBase, text_column: str, sequence_length: int
-) -> Dataset:
-    """Tokenize `documents` and pack them, each step cached on disk by `datasets`.
-
-    Returns:
-        Rows of `input_ids` and `position_ids`, both `[sequence_length]`.
-
-    Raises:
-        UserError: the tokenizer has no end-of-text token, or the text is shorter than one sequence.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no eos_token; set one to mark where texts end")
-
-    def tokenize(rows: dict[str, list], indices: list[int]) -> dict[str, list[list[int]]]:
-        for index, text in zip(indices, rows[text_column], strict=True):
-            if not isinstance(text, str):
-                raise UserError(f"row {index}: column {text_column!r} must hold text, got {text!r}")
-        return {"tokens": tokenizer(rows[text_column], verbose=False)["input_ids"]}
-
-    tokenized = documents.map(
-        tokenize,
-        batched=True,
-        with_indices=True,
-        remove_columns=documents.column_names,
-        desc="tokenizing",
-    )
-
-    def rows(tokenized: Dataset) -> Iterator[dict[str, list[int]]]:
-        return pack((row["tokens"] for row in tokenized), tokenizer.eos_token_id, sequence_length)
-
-    if next(rows(tokenized), None) is None:
-        raise UserError(f"{len(documents)} document(s) hold less than one sequence of {sequence_length} tokens")
-    features = Features(dict.fromkeys(("input_ids", "position_ids"), List(Value("int32"))))
-    return Dataset.from_generator(rows, features, gen_kwargs={"tokenized": tokenized})
+        start = 0
 
 
 def collate_packed(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -171,3 +111,101 @@ def collate_packed(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "position_ids")}
     batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, -100)
     return batch
+
+
+def text_batches(documents: Iterable[dict], check: RowCheck) -> Iterator[list[str]]:
+    """The texts of the rows that pass, as many at a time as are tokenized together."""
+    texts = (row["text"] for row in documents if check.passes(row))
+    while batch := list(islice(texts, _TOKENIZED_TOGETHER)):
+        yield batch
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that closes a document."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer {tokenizer.name_or_path!r} has no eos_token; set one to mark where texts end")
+    return tokenizer.eos_token_id
+
+
+def require_text(sources: list[Source]) -> None:
+    """Language modelling reads one column of text."""
+    for source in sources:
+        if set(source.columns) != {"text"}:
+            raise UserError(f"language modelling reads one column, {{text: ...}}; {source} names {source.columns}")
+
+
+def prepare_on_disk(
+    generate: Callable[[IterableDataset, RowCheck], Iterator[dict]],
+    features: Features | None,
+    sources: list[Source],
+    arguments: DataArguments,
+    seed: int,
+    key: tuple,
+) -> Dataset:
+    """What `generate` makes of the rows of `sources`, kept in the cache of `datasets` under their content and `key`.
+
+    Rows that were skipped are counted in a warning, also when the cache answers.
+
+    Raises:
+        UserError: a bad row, or nothing to train on.
+    """
+    documents, content = read_documents(sources, streaming=arguments.streaming, seed=seed)
+    check = RowCheck(skip=arguments.on_bad_row == "skip")
+
+    def rows() -> Iterator[dict]:
+        found = False
+        for row in generate(documents, check):
+            found = True
+            yield row
+        if not found:
+            usable = check.rows - check.skipped
+            raise UserError(
+                f"{', '.join(map(str, sources))}: {usable} usable document(s) of {check.rows} hold less than one "
+                f"sequence of {arguments.sequence_length} tokens" + (f"; {check}" if check.skipped else "")
+            )
+
+    fingerprint = Hasher.hash((content or generate_random_fingerprint(), arguments.on_bad_row, key))
+    try:
+        dataset = Dataset.from_generator(rows, features, fingerprint=fingerprint)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    sidecar = Path(cache_sidecar(dataset))
+    if check.rows:
+        sidecar.write_text(json.dumps(check.counts))
+    elif sidecar.exists():
+        check = RowCheck(skip=True, **json.loads(sidecar.read_text()))
+    if check.skipped:
+        logger.warning(str(check))
+    return dataset
+
+
+def pack_on_disk(
+    sources: list[Source], tokenizer: PreTrainedTokenizerBase, arguments: DataArguments, seed: int
+) -> Dataset:
+    """Read, tokenize and pack `sources`, cached on disk.
+
+    Returns:
+        Rows of `input_ids` and `position_ids`, both `[sequence_length]` int32.
+
+    Raises:
+        UserError: the tokenizer has no end-of-text token, a bad row, or less text than one sequence.
+    """
+    require_text(sources)
+    end = end_token(tokenizer)
+
+    def generate(documents: IterableDataset, check: RowCheck) -> Iterator[dict]:
+        batches = text_batches(documents, check)
+        tokenized = (tokens for texts in batches for tokens in tokenizer(texts, verbose=False)["input_ids"])
+        return (packed.row for packed in pack(tokenized, end, arguments.sequence_length))
+
+    features = Features(dict.fromkeys(("input_ids", "position_ids"), List(Value("int32"))))
+    key = ("pack", identity(tokenizer), arguments.sequence_length)
+    return prepare_on_disk(generate, features, sources, arguments, seed, key)
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A fingerprint of what the tokenizer does."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return Hasher.hash((backend.to_str() if backend else tokenizer, tokenizer.eos_token, tokenizer.chat_template))

@@ -1,204 +1,206 @@
-"""One YAML file is one training run, from scratch or from a checkpoint."""
+"""One recipe is one run: from scratch, continuing a checkpoint, or fine-tuning one."""
 
-import difflib
-import json
-from dataclasses import MISSING, dataclass, field, fields
+import math
 from pathlib import Path
 
-import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, set_seed
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    set_seed,
+)
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import UserError, first_line, user_errors
-from .data import DataArguments, collate_packed, load_documents, pack_dataset
-from .trainer import QSparseTrainer, QSparseTrainingArguments
-
-
-@dataclass
-class ModelArguments:
-    """What is trained."""
-
-    model: str | None = field(
-        default=None, metadata={"help": "Checkpoint to continue: a folder or Hub id, Q-Sparse or dense."}
-    )
-    config: str | None = field(
-        default=None, metadata={"help": "Or a model configuration (JSON) to train from scratch."}
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer folder or Hub id; default: the model's."})
-    model_fields: str = field(
-        default="{}", metadata={"help": "Fields of the configuration to change, {sparsity: 0.6} for instance."}
-    )
-    dtype: str = field(default="float32", metadata={"help": "Of the weights; use bf16: true for mixed precision."})
-
-    def __post_init__(self) -> None:
-        if bool(self.model) == bool(self.config):
-            raise UserError("give either model (a checkpoint to continue) or config (to train from scratch)")
-        if self.config and not self.tokenizer:
-            raise UserError("training from scratch needs a tokenizer")
-        try:
-            self.fields = json.loads(self.model_fields)
-        except ValueError:
-            self.fields = None
-        if not isinstance(self.fields, dict):
-            raise UserError(f"model_fields must be {{field: value, ...}}, got {self.model_fields!r}")
+from ..errors import Interrupted, UserError, user_errors
+from .data import collate_packed, pack_on_disk
+from .faults import complete_checkpoints
+from .recipe import Recipe, RunArguments, parse
+from .streaming import PackedStream
+from .trainer import QSparseArguments, QSparseTrainer
+from .training_report import write_training_report
 
 
-class _LossBar(ProgressCallback):
-    """The progress bar with the latest losses on it, where the default prints every log entry in full."""
+class _ProgressBar(ProgressCallback):
+    """The progress bar with the latest figures on it, where the default prints every log entry in full."""
+
+    _SHOWN = ("loss", "eval_loss", "sparsity/all")
 
     def __init__(self) -> None:
         super().__init__()
-        self._shown: dict[str, float] = {}
+        self._shown: dict[str, str] = {}
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.training_bar is not None:
-            shown = {name: logs[name] for name in ("loss", "eval_loss", "sparsity/all") if name in logs}
-            self._shown |= shown
-            self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in self._shown.items()})
+            self._shown |= {name: f"{logs[name]:.3f}" for name in self._SHOWN if name in logs}
+            if "tokens_per_second" in logs:
+                self._shown["tokens/s"] = f"{logs['tokens_per_second']:,.0f}"
+            self.training_bar.set_postfix(self._shown)
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(message)
-
-
-def _read_yaml(text: str, source: str) -> dict[str, str | list[str] | None]:
-    """The top-level fields of a YAML text, scalars as they are written, mappings as JSON.
-
-    The command-line parser knows each field's type; YAML would read `no` as false and 1e-4 as a string.
-    """
-    try:
-        written, typed = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
-    if typed is None:
-        raise UserError(f"{source} is empty")
-    if not isinstance(typed, dict):
-        raise UserError(f"{source} must hold `key: value` lines, got {type(typed).__name__}")
-    pairs = zip(written.items(), typed.values(), strict=True)
-    return {
-        key: None if value is None else json.dumps(value) if isinstance(value, dict) else scalar
-        for (key, scalar), value in pairs
-    }
-
-
-def parse(config: str, overrides: list[str]) -> tuple[ModelArguments, DataArguments, QSparseTrainingArguments]:
-    """Read a run's YAML file and the `key=value` overrides after it; values are YAML too.
-
-    Raises:
-        UserError: an unreadable file, an unknown key or a value of the wrong type.
-    """
-    try:
-        text = Path(config).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{config}: {first_line(error)}") from None
-    values = _read_yaml(text, config)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"overrides look like key=value, got {override!r}")
-        values |= _read_yaml(f"{key}: {value}", override)
-
-    kinds = (ModelArguments, DataArguments, QSparseTrainingArguments)
-    defaults = {f.name: f.default_factory() if f.default is MISSING else f.default for k in kinds for f in fields(k)}
-    arguments = []
-    for key, value in values.items():
-        if key not in defaults:
-            close = difflib.get_close_matches(key, defaults, n=1)
-            raise UserError(f"{config}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-        if value is None or value == []:
-            if defaults[key] not in (None, [], value):
-                raise UserError(f"{config}: {key} cannot be empty; leave it out for its default, {defaults[key]!r}")
-        elif isinstance(value, list):
-            arguments += [f"--{key}", *value]
-        else:
-            arguments.append(f"--{key}={value}")
-    parser = _Parser(kinds, allow_abbrev=False)
-    try:
-        return parser.parse_args_into_dataclasses(arguments)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"{config}: {error}") from error
-
-
-def load_model(arguments: ModelArguments) -> PreTrainedModel:
-    """The model to train: a checkpoint's, or one of a configuration with fresh weights."""
+def load_model(arguments: RunArguments) -> PreTrainedModel | PeftModel:
+    """The model to train: a checkpoint's, or a configuration's with fresh weights; with adapters where asked for."""
     source = arguments.model or arguments.config
     with user_errors(source):
         config, unknown = AutoConfig.from_pretrained(source, **arguments.fields, return_unused_kwargs=True)
         if unknown:
             raise UserError(f"model_fields: {config.model_type} has no field {next(iter(unknown))!r}")
         if arguments.model:
-            return AutoModelForCausalLM.from_pretrained(source, config=config, dtype=arguments.dtype)
-        return AutoModelForCausalLM.from_config(config, dtype=arguments.dtype)
+            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=arguments.dtype)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=arguments.dtype)
+    if arguments.lora_fields:
+        with user_errors("lora"):
+            model = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM"} | arguments.lora_fields))
+    return model
 
 
-def train(config: str, overrides: list[str] | None = None) -> QSparseTrainer:
-    """Run the training that a YAML file describes; `output_dir` then holds the model, its tokenizer and the metrics.
+def train(config: str, overrides: list[str] | None = None) -> Trainer:
+    """Run the training that a recipe describes; `output_dir` then holds the model, its tokenizer, metrics and curves.
 
     Args:
-        config: the YAML file: fields of `ModelArguments`, `DataArguments` and `QSparseTrainingArguments`.
+        config: the YAML file: fields of `RunArguments`, `DataArguments` and `QSparseTrainingArguments`, which for
+            `stage: sft` are `QSparseSFTConfig`.
         overrides: `key=value` strings that win over it. `resume_from_checkpoint=last` goes on where a run stopped.
 
     Raises:
-        UserError: anything in them that cannot be run, before training starts.
+        UserError: anything in them that cannot be run, before training starts; data that ends, a loss that is not
+            finite or a checkpoint that cannot be written, while it runs.
+        Interrupted: SIGTERM came; a checkpoint was saved.
     """
-    model_arguments, data_arguments, training_arguments = parse(config, overrides or [])
-    resume = _checkpoint_to_resume(training_arguments)
-    set_seed(training_arguments.seed)
-    if training_arguments.device.type == "cpu":
-        training_arguments.dataloader_pin_memory = False  # it only warns there
+    recipe = parse(config, overrides or [])
+    arguments = recipe.training
+    _check(recipe)
+    resume = _checkpoint_to_resume(arguments)
+    set_seed(arguments.seed)
+    if arguments.device.type == "cpu":
+        arguments.dataloader_pin_memory = False  # it only warns there
 
-    tokenizer_source = model_arguments.tokenizer or model_arguments.model
+    tokenizer_source = recipe.run.tokenizer or recipe.run.model
     with user_errors(tokenizer_source):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
-    model = load_model(model_arguments)
+    model = load_model(recipe.run)
     longest = model.config.max_position_embeddings
-    if data_arguments.sequence_length > longest:
+    if recipe.data.sequence_length > longest:
         raise UserError(
             f"sequence_length must be at most the model's max_position_embeddings ({longest}), "
-            f"got {data_arguments.sequence_length}"
+            f"got {recipe.data.sequence_length}"
         )
-    with training_arguments.main_process_first(desc="preparing data"):
-        train_set, eval_set = (
-            pack_dataset(documents, tokenizer, data_arguments.text_column, data_arguments.sequence_length)
-            if documents is not None
-            else None
-            for documents in load_documents(data_arguments)
-        )
-
-    trainer = QSparseTrainer(
-        model=model,
-        args=training_arguments,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
-        data_collator=collate_packed,
-        processing_class=tokenizer,
-    )
-    if not training_arguments.disable_tqdm:
+    build = _fine_tuner if recipe.run.stage == "sft" else _language_modeller
+    trainer = build(recipe, model, tokenizer)
+    if not arguments.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_LossBar)
+        trainer.add_callback(_ProgressBar)
+
     result = trainer.train(resume_from_checkpoint=resume)
+    _check_end(trainer)
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)
-    if eval_set is not None:
+    if trainer.eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
+    if trainer.is_world_process_zero():
+        write_training_report(trainer.state, arguments.output_dir, title=Path(config).stem)
     return trainer
 
 
-def _checkpoint_to_resume(arguments: QSparseTrainingArguments) -> str | None:
+def _language_modeller(
+    recipe: Recipe, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> QSparseTrainer:
+    data, arguments = recipe.data, recipe.training
+    with arguments.main_process_first(desc="preparing data"):
+        evaluated = pack_on_disk(data.eval_sources, tokenizer, data, arguments.seed) if data.eval_sources else None
+        if data.streaming:
+            trained = PackedStream(data.train_sources, tokenizer, data, arguments.seed)
+        else:
+            trained = pack_on_disk(data.train_sources, tokenizer, data, arguments.seed)
+            trained = _whole_updates(trained, arguments, data.repeat_data)
+    return QSparseTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=trained,
+        eval_dataset=evaluated,
+        data_collator=collate_packed,
+        processing_class=tokenizer,
+    )
+
+
+def _fine_tuner(
+    recipe: Recipe, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> "QSparseSFTTrainer":  # noqa: F821
+    from .sft import QSparseSFTTrainer, read_examples, set_chat_template
+
+    data, arguments = recipe.data, recipe.training
+    arguments.max_length = data.sequence_length
+    set_chat_template(tokenizer, arguments)
+    with arguments.main_process_first(desc="preparing data"):
+        trained = read_examples(data.train_sources, tokenizer, data, arguments.seed)
+        evaluated = read_examples(data.eval_sources, tokenizer, data, arguments.seed) if data.eval_sources else None
+    trainer = QSparseSFTTrainer(
+        model=model, args=arguments, train_dataset=trained, eval_dataset=evaluated, processing_class=tokenizer
+    )
+    trainer.train_dataset = _whole_updates(trainer.train_dataset, arguments, data.repeat_data)
+    return trainer
+
+
+def _check(recipe: Recipe) -> None:
+    if recipe.training.n_gpu > 1:
+        raise UserError(
+            f"one process sees {recipe.training.n_gpu} GPUs; start one for each with accelerate launch or torchrun, "
+            "or show it a single one with CUDA_VISIBLE_DEVICES"
+        )
+    if recipe.data.streaming and recipe.training.max_steps < 1:
+        raise UserError("a stream has no known length: set max_steps to the number of updates")
+
+
+def _checkpoint_to_resume(arguments: QSparseArguments) -> str | None:
     if Path(arguments.output_dir).exists() and not Path(arguments.output_dir).is_dir():
         raise UserError(f"output_dir {arguments.output_dir} is a file")
-    last = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
-    if arguments.resume_from_checkpoint in ("last", "true", "True"):
-        return last
-    if last is not None and arguments.resume_from_checkpoint is None:
+    complete = complete_checkpoints(arguments.output_dir)
+    checkpoint = arguments.resume_from_checkpoint
+    if checkpoint in ("last", "true", "True"):
+        return str(complete[-1]) if complete else None
+    if complete and checkpoint is None:
         raise UserError(
-            f"{arguments.output_dir} holds {Path(last).name} of an earlier run; "
+            f"{arguments.output_dir} holds {complete[-1].name} of an earlier run; "
             "go on with resume_from_checkpoint=last, or choose another output_dir"
         )
-    checkpoint = arguments.resume_from_checkpoint
     if checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").exists():
         raise UserError(f"resume_from_checkpoint must be `last` or a checkpoint's folder, got {checkpoint!r}")
     return checkpoint
+
+
+def _whole_updates(rows: Dataset, arguments: QSparseArguments, repeat: bool) -> Dataset:
+    """`rows` without what does not fill an update, so that an epoch is the same on any number of processes."""
+    per_update = arguments.rows_per_update
+    if len(rows) > per_update:
+        rows = rows.select(range(len(rows) // per_update * per_update))
+    needed = arguments.max_steps * per_update
+    if needed > len(rows) and not repeat:
+        raise UserError(
+            f"max_steps {arguments.max_steps} needs {needed:,} sequences and the training data holds {len(rows):,}: "
+            f"set repeat_data=true to go over them again, or max_steps={math.ceil(len(rows) / per_update)}"
+        )
+    return rows
+
+
+def _check_end(trainer: Trainer) -> None:
+    """Say why a training ended before its last update."""
+    state, data = trainer.state, trainer.train_dataset
+    if state.global_step >= state.max_steps:
+        return
+    if trainer.heartbeat.terminated:
+        raise Interrupted(
+            f"stopped by SIGTERM after update {state.global_step} of {state.max_steps}; "
+            f"{complete_checkpoints(trainer.args.output_dir)[-1]} is saved, resume_from_checkpoint=last goes on from it"
+        )
+    if isinstance(data, PackedStream):
+        held = f" of {data.rows:,} sequences" if data.rows is not None else ""
+        raise UserError(
+            f"the training data{held} ended after update {state.global_step} of {state.max_steps}, which is saved; "
+            "go on with resume_from_checkpoint=last and repeat_data=true"
+        )

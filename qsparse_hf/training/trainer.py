@@ -1,19 +1,32 @@
-"""The Transformers Trainer with a sparsity ramp and measured sparsity in its log."""
+"""The Transformers Trainer, and any built on it, for Q-Sparse models.
 
+What is added stands in a mixin, so that TRL's trainers take it as well: the sparsity ramp, distillation from the dense
+parent, what is logged, and checkpoints that are whole or not there.
+"""
+
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import Trainer, TrainingArguments
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from ..report import projections, sparsity_report
+from .distillation import forward_kl
+from .faults import Heartbeat, whole_checkpoint
 from .schedule import SparsityRamp
+from .streaming import PackedStream, StreamProgress
+from .throughput import peak_flops, training_flops_per_token
+
+_STREAM_STATE = "stream.json"
 
 
 @dataclass
-class QSparseTrainingArguments(TrainingArguments):
-    """`TrainingArguments` and the fields below.
+class QSparseArguments:
+    """What a Q-Sparse trainer adds to the arguments of the trainer it is mixed into.
 
     Raises:
         UserError: a field outside its range.
@@ -29,31 +42,99 @@ class QSparseTrainingArguments(TrainingArguments):
         default=True,
         metadata={"help": "With every logged loss, measure sparsity and activated parameters on one row of the batch."},
     )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sequences in an update over all processes; sets gradient_accumulation_steps, so that a run is the "
+            "same on any number of them."
+        },
+    )
+    distill_from: str | None = field(
+        default=None, metadata={"help": "Checkpoint of the dense parent, folder or Hub id, whose logits are learnt."}
+    )
+    distill_weight: float = field(
+        default=0.5, metadata={"help": "w in loss = (1 - w) * cross entropy + w * KL(parent || model)."}
+    )
+    report_to: None | str | list[str] = field(  # noqa: RUF036, the command-line parser wants None first
+        default="tensorboard", metadata={"help": "Where logs go: tensorboard, wandb and so on, or none."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "A loss that is not finite ends the run here instead of being left out."}
+    )
 
     def __post_init__(self) -> None:
+        for name, least in (
+            ("per_device_train_batch_size", 1),
+            ("per_device_eval_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("sparsity_ramp_steps", 0),
+            ("sparsity_ramp_levels", 1),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
         super().__post_init__()
-        if self.sparsity_ramp_steps < 0:
-            raise UserError(f"sparsity_ramp_steps must be at least 0, got {self.sparsity_ramp_steps}")
         if 0 < self.max_steps < self.sparsity_ramp_steps:
             raise UserError(
                 f"sparsity_ramp_steps must be at most max_steps ({self.max_steps}), got {self.sparsity_ramp_steps}"
             )
-        if self.sparsity_ramp_levels < 1:
-            raise UserError(f"sparsity_ramp_levels must be at least 1, got {self.sparsity_ramp_levels}")
+        if not 0 < self.distill_weight <= 1:
+            raise UserError(f"distill_weight must be above 0 and at most 1, got {self.distill_weight}")
+        if self.global_batch_size is not None:
+            together = self.per_device_train_batch_size * self.world_size
+            if self.global_batch_size < 1 or self.global_batch_size % together:
+                raise UserError(
+                    f"global_batch_size must be a multiple of per_device_train_batch_size * processes "
+                    f"({self.per_device_train_batch_size} * {self.world_size}), got {self.global_batch_size}"
+                )
+            self.gradient_accumulation_steps = self.global_batch_size // together
+
+    @property
+    def rows_per_update(self) -> int:
+        """Sequences in an update over all processes."""
+        return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
 
 
-class QSparseTrainer(Trainer):
-    """A `Trainer` for Q-Sparse models and, for the comparison, their dense twins.
+@dataclass
+class QSparseTrainingArguments(QSparseArguments, TrainingArguments):
+    """`TrainingArguments` and the fields of `QSparseArguments`."""
 
-    With every logged loss go `sparsity/<group>`, `sparsity/all` and `activated_parameters`, measured by a forward pass
-    of the first row of the latest batch.
+
+def _load_teacher(args: QSparseArguments, model: PreTrainedModel) -> PreTrainedModel:
+    """The dense parent, whole in every process, in the precision that `model` computes in."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+    with user_errors(f"distill_from: {args.distill_from}"):
+        teacher = AutoModelForCausalLM.from_pretrained(args.distill_from, dtype=dtype)
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"distill_from: {args.distill_from} has a vocabulary of {teacher.config.vocab_size}, "
+            f"the model one of {model.config.vocab_size}"
+        )
+    return teacher.to(args.device).eval().requires_grad_(False)
+
+
+class QSparseTrainerMixin:
+    """What makes a `Trainer` one for Q-Sparse models and, for the comparison, their dense twins.
+
+    With every logged loss go
+    - `tokens_seen`, `tokens_per_second` and, on hardware whose peak is known, `mfu`, all over all processes;
+    - `sparsity/<group>`, `sparsity/all` and `activated_parameters`, measured on the first row of the latest batch;
+    - `distill_kl` where there is a parent to learn from, in nats a token.
     """
 
-    def __init__(self, model: nn.Module, args: QSparseTrainingArguments, *rest, **kwargs) -> None:
-        if not isinstance(args, QSparseTrainingArguments):
-            raise TypeError(f"args must be QSparseTrainingArguments, got {type(args).__name__}")
+    arguments_class: type = QSparseTrainingArguments
+
+    def __init__(self, model: nn.Module, args: QSparseArguments, *rest, **kwargs) -> None:
+        if not isinstance(args, self.arguments_class):
+            raise TypeError(f"args must be {self.arguments_class.__name__}, got {type(args).__name__}")
+        stream = kwargs.get("train_dataset") if isinstance(kwargs.get("train_dataset"), PackedStream) else None
+        if stream and args.dataloader_num_workers:
+            raise UserError(
+                "a stream packs in a thread of its own and needs dataloader_num_workers 0, "
+                f"got {args.dataloader_num_workers}"
+            )
+        self._teacher = _load_teacher(args, model) if args.distill_from else None
         super().__init__(model, args, *rest, **kwargs)
-        self._latest_row: dict[str, torch.Tensor] | None = None
+        self._latest_row: dict[str, Tensor] | None = None
         self._measures = args.log_sparsity and any(True for _ in projections(self.model))
         if args.sparsity_ramp_steps:
             if not hasattr(self.model, "scale_sparsity"):
@@ -62,23 +143,132 @@ class QSparseTrainer(Trainer):
             if args.torch_compile:  # every level is a program of its own
                 config = torch._dynamo.config
                 config.recompile_limit = max(config.recompile_limit, args.sparsity_ramp_levels + 8)
+        self.heartbeat = Heartbeat()
+        self.add_callback(self.heartbeat)
+        if stream:
+            self.add_callback(StreamProgress(stream, args.rows_per_update))
+        self._flops_per_token: dict[int, float] = {}  # by sequence length
+        self._kl = torch.zeros((), device=args.device)
+        self._kl_updates = 0
 
-    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> torch.Tensor:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """As in Transformers. SIGTERM saves a checkpoint and ends the training; `heartbeat.terminated` says so."""
+        if isinstance(self.train_dataset, PackedStream) and resume_from_checkpoint:
+            folder = resume_from_checkpoint
+            if folder is True:
+                folder = get_last_checkpoint(self.args.output_dir)
+            self.train_dataset.resume(json.loads(Path(folder, _STREAM_STATE).read_text()))
+            self.args.ignore_data_skip = True  # the stream begins there, nothing is left to skip
+        try:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            self.heartbeat.require_finite(self.model, self.args, self.state.global_step)
+            return result
+        finally:
+            self.heartbeat.release()
+
+    def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
         if self._measures:
             self._latest_row = {
-                name: value[:1] for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.ndim > 1
+                name: value[:1] for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim > 1
             }
-        return super().training_step(model, inputs, *args, **kwargs)
+        self._sequence_length = inputs["input_ids"].shape[-1]
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.heartbeat.watch(self.state.global_step + 1, inputs["input_ids"], loss)
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple:
+        if self._teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        questions = {name: value for name, value in inputs.items() if name != "labels"}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad():
+            taught = self._teacher(**questions, use_cache=False).logits
+        kl = forward_kl(outputs.logits, taught, labels)
+        if num_items_in_batch is None:
+            kl = kl / (labels[:, 1:] != -100).sum().clamp(min=1)
+        else:  # averaged over the whole update, as the Trainer does with its own loss
+            kl = kl / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                kl = kl * self.accelerator.num_processes
+        self._kl += kl.detach()
+        weight = self.args.distill_weight
+        loss = (1 - weight) * loss + weight * kl
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """As in Transformers, at the configured sparsity even while the ramp climbs: what a checkpoint will run at."""
         if self.args.sparsity_ramp_steps:
-            self.model.scale_sparsity(1)  # the next update sets it to the ramp's again
-        return super().evaluate(*args, **kwargs)
+            self.accelerator.unwrap_model(self.model).scale_sparsity(1)  # the next update sets it to the ramp's again
+        with self.heartbeat.stopwatch.paused():
+            return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs and self._latest_row is not None:
-            row = self._prepare_inputs(self._latest_row)
-            if "attention_mask" not in row or row["attention_mask"].any():  # a row of padding alone says nothing
-                logs = logs | sparsity_report(self.accelerator.unwrap_model(self.model), row).metrics()
+        if "loss" in logs:
+            logs = logs | self._measure_speed()
+            if self._teacher is not None:
+                logs |= self._measure_kl()
+            if self._latest_row is not None:
+                with self.heartbeat.stopwatch.paused():
+                    logs |= self._measure_sparsity()
         super().log(logs, *args, **kwargs)
+
+    def _measure_speed(self) -> dict[str, float]:
+        speed = self.heartbeat.stopwatch.lap()
+        measured = {"tokens_seen": self.state.num_input_tokens_seen, "tokens_per_second": speed}
+        if peak := peak_flops(self.args.device):
+            length = self._sequence_length
+            if length not in self._flops_per_token:
+                model = self.accelerator.unwrap_model(self.model)
+                self._flops_per_token[length] = training_flops_per_token(model, length)
+            measured["mfu"] = speed * self._flops_per_token[length] / (peak * self.args.world_size)
+        return measured
+
+    def _measure_kl(self) -> dict[str, float]:
+        updates = self.state.global_step - self._kl_updates
+        total = self.accelerator.gather(self._kl).mean().item()
+        self._kl.zero_()
+        self._kl_updates = self.state.global_step
+        return {"distill_kl": total / updates}
+
+    def _measure_sparsity(self) -> dict[str, float]:
+        row = self._prepare_inputs(self._latest_row)
+        if "attention_mask" in row and not row["attention_mask"].any():  # a row of padding alone says nothing
+            return {}
+        return sparsity_report(self.accelerator.unwrap_model(self.model), row).metrics()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Transformers; under FSDP the folder always holds the whole model, whatever form the shards take."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or "FULL" in str(plugin.state_dict_type):
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        """As in Transformers, but whole or not there; older ones are deleted only once the new one is whole."""
+        update, writes, run_dir = self.state.global_step, self.args.should_save, self._get_output_dir(trial=trial)
+        self.heartbeat.require_finite(self.model, self.args, update)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with (
+                self.heartbeat.stopwatch.paused(),
+                whole_checkpoint(run_dir, update, writes, self.accelerator.wait_for_everyone) as folder,
+            ):
+                super()._save_checkpoint(model, trial)
+                if isinstance(self.train_dataset, PackedStream) and writes:
+                    (folder / _STREAM_STATE).write_text(json.dumps(self.train_dataset.state()))
+        finally:
+            self.args.save_total_limit = limit
+        if writes:
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+
+class QSparseTrainer(QSparseTrainerMixin, Trainer):
+    """The `Trainer` of Transformers with what `QSparseTrainerMixin` adds."""

@@ -1,0 +1,199 @@
+"""What a run survives: signals, kills, full disks and numbers that are not finite.
+
+A checkpoint counts once its last file, `COMPLETE`, is there; a kill at any moment leaves the one before it to go on
+from. Once an update all processes learn what happened to any of them, so that they save or stop together.
+"""
+
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..errors import UserError, first_line
+from .throughput import Stopwatch
+
+COMPLETE = "complete"
+
+
+def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints in `output_dir` that were written to their end, oldest first."""
+    found = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+@contextmanager
+def whole_checkpoint(output_dir: str | Path, update: int, writes: bool, wait: Callable[[], None]) -> Iterator[Path]:
+    """Around the writing of a checkpoint, in all processes: marks it complete, or leaves nothing of it.
+
+    Args:
+        output_dir: of the run.
+        update: the checkpoint's number.
+        writes: whether this process writes the checkpoint's shared files.
+        wait: returns once every process has called it.
+
+    Raises:
+        UserError: it cannot be written, because the disk is full for instance. Those before it stay.
+    """
+    folder = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{update}"
+    if writes:
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed run left of it
+    wait()
+    try:
+        yield folder
+        wait()
+        if writes:
+            (folder / COMPLETE).touch()
+    except UserError:
+        raise
+    except Exception as error:  # safetensors, torch and the file system each raise their own
+        shutil.rmtree(folder, ignore_errors=True)
+        last = complete_checkpoints(output_dir)
+        kept = f"the last complete one is {last[-1]}" if last else "there is no earlier one"
+        raise UserError(f"{folder} could not be written: {first_line(error)}; {kept}") from error
+
+
+class _Watched(NamedTuple):
+    update: int
+    micro_batch: int
+    input_ids: Tensor
+    finite: Tensor  # on the CPU, there once `copied` has happened
+    copied: torch.cuda.Event | None
+
+
+class Heartbeat(TrainerCallback):
+    """Once an update: SIGTERM becomes a checkpoint and an end, a loss that is not finite an error, tokens are counted.
+
+    On an accelerator a loss is looked at one update later, when it has long been computed: nothing waits for it.
+    Before a checkpoint is written, it and the weights are looked at right away.
+
+    Attributes:
+        terminated: whether a process got SIGTERM.
+        stopwatch: measures the speed of training.
+    """
+
+    def __init__(self) -> None:
+        self.terminated = False
+        self.stopwatch = Stopwatch()
+        self._received = False
+        self._tokens = 0
+        self._watched: list[_Watched] = []
+        self._group: dist.ProcessGroup | None = None
+        self._handler = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.terminated = self._received = False
+        self.stopwatch.lap()
+        if dist.is_available() and dist.is_initialized() and self._group is None:
+            self._group = dist.new_group(backend="gloo")  # on the host: no accelerator waits for it
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self._received = True
+
+    def watch(self, update: int, input_ids: Tensor, loss: Tensor) -> None:
+        """Note one micro-batch.
+
+        Args:
+            update: the update's number, from 1.
+            input_ids: its tokens, `[B, T]`.
+            loss: a scalar on any device.
+        """
+        micro_batch = sum(watched.update == update for watched in self._watched)
+        finite = torch.isfinite(loss.detach()).to("cpu", non_blocking=True)
+        copied = None
+        if loss.is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        self._watched.append(_Watched(update, micro_batch, input_ids, finite, copied))
+        self._tokens += input_ids.numel()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        delay = 0 if args.device.type == "cpu" else 1
+        bad = self._bad(state.global_step - delay)
+        received, failed, tokens = self._sum(self._received, bool(bad), self._tokens)
+        self._tokens = 0
+        state.num_input_tokens_seen += tokens
+        self.stopwatch.tokens += tokens
+        if failed:
+            self._fail(bad, args.output_dir)
+        if received:
+            self.terminated = control.should_save = control.should_training_stop = True
+
+    def require_finite(self, model: nn.Module, args: TrainingArguments, update: int) -> None:
+        """In all processes: every loss so far and every weight is finite.
+
+        Raises:
+            UserError: one is not.
+        """
+        bad = self._bad(update)
+        flags = [torch.isfinite(_local(weight)).all() for weight in model.parameters()]
+        broken = not all(torch.stack([flag.to(args.device) for flag in flags]).tolist())
+        failed, broken = self._sum(bool(bad), broken)
+        if failed:
+            self._fail(bad, args.output_dir)
+        if broken:
+            last = complete_checkpoints(args.output_dir)
+            raise UserError(
+                f"a weight is not finite after update {update}; no checkpoint was written"
+                + (f"; the last one is {last[-1]}" if last else "")
+            )
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give SIGTERM back to whoever had it."""
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+            self._handler = None
+
+    def _bad(self, update: int) -> list[_Watched]:
+        """What is not finite up to `update`; the rest up to there is forgotten."""
+        due = [watched for watched in self._watched if watched.update <= update]
+        self._watched = [watched for watched in self._watched if watched.update > update]
+        for watched in due:
+            if watched.copied is not None:
+                watched.copied.synchronize()
+        return [watched for watched in due if not watched.finite.item()]
+
+    def _sum(self, *numbers: int) -> list[int]:
+        total = torch.tensor(numbers, dtype=torch.int64)
+        if self._group is not None:
+            dist.all_reduce(total, group=self._group)
+        return total.tolist()
+
+    def _fail(self, bad: list[_Watched], output_dir: str) -> None:
+        rank = dist.get_rank() if self._group is not None else 0
+        said = None
+        if bad:
+            first = bad[0]
+            file = Path(output_dir) / f"not-finite-update-{first.update}-process-{rank}.safetensors"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"input_ids": first.input_ids.cpu().contiguous()}, file)
+            said = f"update {first.update}, micro-batch {first.micro_batch} of process {rank} (its tokens: {file})"
+        everywhere = [said]
+        if self._group is not None:
+            everywhere = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(everywhere, said, group=self._group)
+        last = complete_checkpoints(output_dir)
+        raise UserError(
+            f"the loss is not finite at {'; '.join(filter(None, everywhere))}; "
+            + (f"the last complete checkpoint is {last[-1]}" if last else "there is no checkpoint yet")
+        )
+
+
+def _local(weight: Tensor) -> Tensor:
+    weight = weight.detach()
+    return weight.to_local() if isinstance(weight, DTensor) else weight

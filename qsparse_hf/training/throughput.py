@@ -1,0 +1,99 @@
+"""Tokens a second, and how much of the hardware's peak they use (model FLOP utilisation)."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+# Peak of dense bf16 matrix products in FLOP/s, from the vendors' data sheets, by a part of the device's name. The first
+# match counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989.4e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835.5e12,
+    "H100": 989.4e12,
+    "H800": 989.4e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 6000 Ada": 364e12,
+    "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "MI355X": 2500e12,
+    "MI325X": 1307e12,
+    "MI300X": 1307e12,
+    "MI250X": 383e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's peak in FLOP/s for dense bf16 products; None where it is not in `PEAK_FLOPS`, as for every CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def training_flops_per_token(model: nn.Module, sequence_length: int) -> float:
+    """Floating-point operations of one token's forward and backward pass, as PaLM counts them (arXiv 2204.02311, B).
+
+    Every weight of a matrix product takes 2 forward, 2 for the gradient of its input, and 2 for its own gradient if it
+    is trained; attention takes `12 layers * heads * head size * sequence_length` on top, the causal mask not taken into
+    account. Products are counted dense, which is what training computes; recomputation is not counted. Of experts,
+    those that a token reaches count.
+
+    Args:
+        model: a causal LM of Transformers, with adapters or without; its parameters may lie on the meta device.
+        sequence_length: tokens that attend to each other.
+    """
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    reached = config.num_experts_per_tok / experts if experts else 1.0
+    embedding = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is embedding
+    flops = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or (parameter is embedding and not tied):
+            continue
+        share = reached if ".experts." in name else 1.0
+        flops += (6 if parameter.requires_grad else 4) * parameter.numel() * share
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return flops + 12 * config.num_hidden_layers * config.num_attention_heads * head_size * sequence_length
+
+
+class Stopwatch:
+    """Seconds and tokens of training alone, since the last `lap`.
+
+    Attributes:
+        tokens: add what has been trained on here.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._began = time.perf_counter()
+
+    def lap(self) -> float:
+        """Tokens a second since the last lap, pauses left out."""
+        now = time.perf_counter()
+        speed = self.tokens / (now - self._began)
+        self.tokens, self._began = 0, now
+        return speed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training: evaluation and saving."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._began += time.perf_counter() - began
