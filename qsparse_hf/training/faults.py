@@ -89,18 +89,27 @@ class Heartbeat(TrainerCallback):
         self._tokens = 0
         self._watched: list[_Watched] = []
         self._group: dist.ProcessGroup | None = None
-        self._handler = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Around the training: SIGTERM is noted instead of ending the process."""
         self.terminated = self._received = False
-        self.stopwatch.lap()
-        if dist.is_available() and dist.is_initialized() and self._group is None:
-            self._group = dist.new_group(backend="gloo")  # on the host: no accelerator waits for it
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGTERM, self._receive)
+        if threading.current_thread() is not threading.main_thread():  # where Python allows no handler
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._receive)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def _receive(self, number: int, frame: object) -> None:
         self._received = True
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self.stopwatch.lap()
+        if dist.is_available() and dist.is_initialized() and self._group is None:
+            self._group = dist.new_group(backend="gloo")  # on the host: no accelerator waits for it
 
     def watch(self, update: int, input_ids: Tensor, loss: Tensor) -> None:
         """Note one micro-batch.
@@ -149,15 +158,6 @@ class Heartbeat(TrainerCallback):
                 f"a weight is not finite after update {update}; no checkpoint was written"
                 + (f"; the last one is {last[-1]}" if last else "")
             )
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Give SIGTERM back to whoever had it."""
-        if self._handler is not None:
-            signal.signal(signal.SIGTERM, self._handler)
-            self._handler = None
 
     def _bad(self, update: int) -> list[_Watched]:
         """What is not finite up to `update`; the rest up to there is forgotten."""

@@ -1,6 +1,7 @@
 """One recipe is one run: from scratch, continuing a checkpoint, or fine-tuning one."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from datasets import Dataset
@@ -12,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerState,
     set_seed,
 )
 from transformers.trainer_callback import ProgressCallback
@@ -34,6 +36,12 @@ class _ProgressBar(ProgressCallback):
         super().__init__()
         self._shown: dict[str, str] = {}
 
+    def close(self) -> None:
+        """Leave the line to what is said next; an error in training would otherwise be said behind the bar."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.training_bar is not None:
             self._shown |= {name: f"{logs[name]:.3f}" for name in self._SHOWN if name in logs}
@@ -42,8 +50,15 @@ class _ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(self._shown)
 
 
-def load_model(arguments: RunArguments) -> PreTrainedModel | PeftModel:
-    """The model to train: a checkpoint's, or a configuration's with fresh weights; with adapters where asked for."""
+def load_model(arguments: RunArguments, trained: str | None = None) -> PreTrainedModel | PeftModel:
+    """The model to train: a checkpoint's, or a configuration's with fresh weights; with adapters where asked for.
+
+    Args:
+        arguments: what to load.
+        trained: a checkpoint of a run with these arguments, whose weights or adapters are wanted instead.
+    """
+    if trained and not arguments.lora_fields:
+        arguments = replace(arguments, stage="continue", model=trained, config=None)
     source = arguments.model or arguments.config
     with user_errors(source):
         config, unknown = AutoConfig.from_pretrained(source, **arguments.fields, return_unused_kwargs=True)
@@ -53,7 +68,9 @@ def load_model(arguments: RunArguments) -> PreTrainedModel | PeftModel:
             model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=arguments.dtype)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=arguments.dtype)
-    if arguments.lora_fields:
+    if trained and arguments.lora_fields:
+        model = PeftModel.from_pretrained(model, trained, is_trainable=True)
+    elif arguments.lora_fields:
         with user_errors("lora"):
             model = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM"} | arguments.lora_fields))
     return model
@@ -83,7 +100,8 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
     tokenizer_source = recipe.run.tokenizer or recipe.run.model
     with user_errors(tokenizer_source):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
-    model = load_model(recipe.run)
+    finished = _finished(resume, arguments)
+    model = load_model(recipe.run, resume if finished else None)
     longest = model.config.max_position_embeddings
     if recipe.data.sequence_length > longest:
         raise UserError(
@@ -92,15 +110,12 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
         )
     build = _fine_tuner if recipe.run.stage == "sft" else _language_modeller
     trainer = build(recipe, model, tokenizer)
-    if not arguments.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_ProgressBar)
-
-    result = trainer.train(resume_from_checkpoint=resume)
-    _check_end(trainer)
+    if finished:
+        trainer.state = finished
+    else:
+        _train(trainer, resume)
     trainer.save_model()
     trainer.save_state()
-    trainer.save_metrics("train", result.metrics)
     if trainer.eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
     if trainer.is_world_process_zero():
@@ -186,6 +201,32 @@ def _whole_updates(rows: Dataset, arguments: QSparseArguments, repeat: bool) -> 
             f"set repeat_data=true to go over them again, or max_steps={math.ceil(len(rows) / per_update)}"
         )
     return rows
+
+
+def _finished(checkpoint: str | None, arguments: QSparseArguments) -> TrainerState | None:
+    """The state of a run that was stopped after its last update; the Trainer would train one more."""
+    if checkpoint is None:
+        return None
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    planned = arguments.max_steps if arguments.max_steps > 0 else state.max_steps
+    if state.global_step > planned:
+        raise UserError(f"{checkpoint} is further than max_steps {planned}")
+    return state if state.global_step == planned else None
+
+
+def _train(trainer: Trainer, resume: str | None) -> None:
+    bar = None
+    if not trainer.args.disable_tqdm:
+        bar = _ProgressBar()
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(bar)
+    try:
+        result = trainer.train(resume_from_checkpoint=resume)
+    finally:
+        if bar:
+            bar.close()
+    _check_end(trainer)
+    trainer.save_metrics("train", result.metrics)
 
 
 def _check_end(trainer: Trainer) -> None:

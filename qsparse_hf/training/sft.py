@@ -26,8 +26,8 @@ class QSparseSFTConfig(QSparseArguments, SFTConfig):
     """TRL's `SFTConfig` and `QSparseArguments`; precision and checkpointing default as in Transformers."""
 
     bf16: bool = field(default=False, metadata={"help": "Mixed precision in bfloat16."})
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Compute activations again in the backward pass, for less memory."}
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Compute activations again in the backward pass, for less memory."}
     )
 
     def __post_init__(self) -> None:

@@ -118,7 +118,8 @@ class QSparseTrainerMixin:
     With every logged loss go
     - `tokens_seen`, `tokens_per_second` and, on hardware whose peak is known, `mfu`, all over all processes;
     - `sparsity/<group>`, `sparsity/all` and `activated_parameters`, measured on the first row of the latest batch;
-    - `distill_kl` where there is a parent to learn from, in nats a token.
+    - `distill_kl` where there is a parent to learn from, in nats a token;
+    - `rows_skipped` of a stream that skips bad rows, as far as it has been read ahead.
     """
 
     arguments_class: type = QSparseTrainingArguments
@@ -159,12 +160,10 @@ class QSparseTrainerMixin:
                 folder = get_last_checkpoint(self.args.output_dir)
             self.train_dataset.resume(json.loads(Path(folder, _STREAM_STATE).read_text()))
             self.args.ignore_data_skip = True  # the stream begins there, nothing is left to skip
-        try:
+        with self.heartbeat.listening():
             result = super().train(resume_from_checkpoint, *args, **kwargs)
-            self.heartbeat.require_finite(self.model, self.args, self.state.global_step)
-            return result
-        finally:
-            self.heartbeat.release()
+        self.heartbeat.require_finite(self.model, self.args, self.state.global_step)
+        return result
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
         if self._measures:
@@ -212,6 +211,8 @@ class QSparseTrainerMixin:
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
             logs = logs | self._measure_speed()
+            if isinstance(self.train_dataset, PackedStream) and self.train_dataset.check.skip:
+                logs["rows_skipped"] = self.train_dataset.check.skipped
             if self._teacher is not None:
                 logs |= self._measure_kl()
             if self._latest_row is not None:
