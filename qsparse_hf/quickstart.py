@@ -76,9 +76,9 @@ def quickstart(output: str) -> None:
     (folder / _MARKER).touch()
 
     _say("1/6  Python's standard library as text, and a tokenizer for it")
-    corpus = _write_corpus(folder)
+    corpus = write_corpus(folder)
     _write_questions(folder)
-    _train_tokenizer(corpus["train_data"], folder / "tokenizer")
+    train_tokenizer(corpus["train_data"], folder / "tokenizer")
     LlamaConfig(**_MODEL, bos_token_id=None, eos_token_id=0, pad_token_id=0).to_json_file(folder / "model.json")
 
     _say("2/6  A small dense Llama, trained from scratch")
@@ -104,7 +104,7 @@ def quickstart(output: str) -> None:
     _summarize(histories, report, sparse)
 
 
-def _write_corpus(folder: Path) -> dict[str, list[str]]:
+def write_corpus(folder: Path) -> dict[str, list[str]]:
     """JSONL files of the standard library's modules: one in ten is held out, its beginning kept for evaluation."""
     library = Path(sysconfig.get_paths()["stdlib"])
     modules = [
@@ -143,7 +143,8 @@ def _write_questions(folder: Path) -> None:
     (folder / "questions.jsonl").write_text("".join(lines))
 
 
-def _train_tokenizer(files: list[str], folder: Path) -> None:
+def train_tokenizer(files: list[str], folder: Path) -> None:
+    """A byte-level BPE of `files` (JSONL), as small as the quickstart's model."""
     texts = [json.loads(line)["text"] for file in files for line in Path(file).read_text().splitlines()]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from ..errors import UserError, user_errors
@@ -18,6 +19,7 @@ from ..report import projections, sparsity_report
 from .distillation import forward_kl
 from .faults import Heartbeat, whole_checkpoint
 from .schedule import SparsityRamp
+from .sharding import has_shards, load_sharded_optimizer, without_shards
 from .streaming import PackedStream, StreamProgress
 from .throughput import peak_flops, training_flops_per_token
 
@@ -117,6 +119,7 @@ class QSparseTrainerMixin:
 
     With every logged loss go
     - `tokens_seen`, `tokens_per_second` and, on hardware whose peak is known, `mfu`, all over all processes;
+    - `peak_memory_gib` of this process's GPU;
     - `sparsity/<group>`, `sparsity/all` and `activated_parameters`, measured on the first row of the latest batch;
     - `distill_kl` where there is a parent to learn from, in nats a token;
     - `rows_skipped` of a stream that skips bad rows, as far as it has been read ahead.
@@ -154,14 +157,17 @@ class QSparseTrainerMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As in Transformers. SIGTERM saves a checkpoint and ends the training; `heartbeat.terminated` says so."""
-        if isinstance(self.train_dataset, PackedStream) and resume_from_checkpoint:
-            folder = resume_from_checkpoint
-            if folder is True:
-                folder = get_last_checkpoint(self.args.output_dir)
+        folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if folder and isinstance(self.train_dataset, PackedStream):
             self.train_dataset.resume(json.loads(Path(folder, _STREAM_STATE).read_text()))
             self.args.ignore_data_skip = True  # the stream begins there, nothing is left to skip
+        if folder and self.is_fsdp_enabled and not has_shards(folder):
+            raise UserError(
+                f"{folder} was not written under FSDP, which cannot go on from it; go on without, or begin a new run "
+                f"from its weights with model={folder}"
+            )
         with self.heartbeat.listening():
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
+            result = super().train(folder, *args, **kwargs)
         self.heartbeat.require_finite(self.model, self.args, self.state.global_step)
         return result
 
@@ -229,6 +235,8 @@ class QSparseTrainerMixin:
                 model = self.accelerator.unwrap_model(self.model)
                 self._flops_per_token[length] = training_flops_per_token(model, length)
             measured["mfu"] = speed * self._flops_per_token[length] / (peak * self.args.world_size)
+        if self.args.device.type == "cuda":
+            measured["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**30
         return measured
 
     def _measure_kl(self) -> dict[str, float]:
@@ -251,6 +259,20 @@ class QSparseTrainerMixin:
             super().save_model(output_dir, _internal_call)
         else:
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled or not has_shards(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            with without_shards(resume_from_checkpoint) as folder:
+                super()._load_from_checkpoint(folder, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_fsdp_enabled or not has_shards(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            load_sharded_optimizer(checkpoint, self.model, self.optimizer.optimizer)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """As in Transformers, but whole or not there; older ones are deleted only once the new one is whole."""
