@@ -15,6 +15,7 @@ are compared with the uninterrupted run's.
 import argparse
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -65,7 +66,8 @@ def run(engine: str, processes: int, output: Path, corpus: dict, updates: int, *
     else:
         launch += ["--config_file", str(REPOSITORY / "configs" / "accelerate" / f"{engine}.yaml")]
     command = [*launch, str(REPOSITORY / "scripts" / "train.py"), str(file), *overrides]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(processes)))}
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ | visible)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
@@ -82,7 +84,7 @@ def measure(engines: list[str], counts: list[int], updates: int, rounds: int, co
             shutil.rmtree(folder / f"{engine}-{count}-{turn}")
             print(f"round {turn + 1}: {engine} on {count}: {log[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
     rows = []
-    for (engine, count), entries in speeds.items():
+    for (engine, count), entries in speeds.items() if rounds else ():
         speed = statistics.median(entry["tokens_per_second"] for entry in entries)
         alone = statistics.median(entry["tokens_per_second"] for entry in speeds[engine, counts[0]]) / counts[0]
         rows.append(
@@ -112,6 +114,7 @@ def resume(engines: list[str], corpus: dict, folder: Path) -> list[dict]:
             resumed = run(engine, count, output, corpus, 8, batch, "resume_from_checkpoint=last")
             errors = [abs(ours["loss"] - theirs["loss"]) for ours, theirs in zip(resumed, whole, strict=True)][4:]
             rows.append({"engine": engine, "gpus": f"2 -> {count}", "largest_loss_difference": max(errors)})
+            print(f"{engine} 2 -> {count}: losses within {max(errors):.1e}", flush=True)
             shutil.rmtree(output)
         model = AutoModelForCausalLM.from_pretrained(folder / f"{engine}-whole" / "checkpoint-4")
         rows[-1]["checkpoint_loads_whole"] = all(torch.isfinite(p).all().item() for p in model.parameters())
@@ -156,7 +159,9 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=["ddp", "fsdp2"], help="files of configs/accelerate")
     parser.add_argument("--gpus", nargs="+", type=int, help="numbers of GPUs; default: 1 and all there are")
     parser.add_argument("--updates", type=int, default=20, help="updates a run (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of every kind, interleaved (default %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="runs of every kind, interleaved (default %(default)s; 0: none)"
+    )
     parser.add_argument("--resume", action="store_true", help="also stop and go on across numbers of GPUs")
     parser.add_argument("--output", help="write all figures there, as JSON")
     arguments = parser.parse_args()
@@ -180,8 +185,8 @@ def main() -> None:
         )
     for row in resumed:
         print(f"{row['engine']:<10}{row['gpus']:>7}  resumed, losses within {row['largest_loss_difference']:.1e}")
-    text = estimate(rows[-1], torch.device("cuda"))
-    print("\n" + text)
+    text = estimate(rows[-1], torch.device("cuda")) if rows else ""
+    print(f"\n{text}")
     if arguments.output:
         figures = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows, "resume": resumed}
         Path(arguments.output).write_text(json.dumps(figures | {"estimate": text.splitlines()}, indent=2) + "\n")

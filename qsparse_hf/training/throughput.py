@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 # Peak of dense bf16 matrix products in FLOP/s, from the vendors' data sheets, by a part of the device's name. The first
 # match counts.
@@ -53,22 +54,28 @@ def training_flops_per_token(model: nn.Module, sequence_length: int) -> float:
     those that a token reaches count.
 
     Args:
-        model: a causal LM of Transformers, with adapters or without; its parameters may lie on the meta device.
-        sequence_length: tokens that attend to each other.
+        model: a causal LM of Transformers, with adapters or without; its parameters may lie on the meta device, but not
+            be sharded.
+        sequence_length: tokens that attend to each other; 0 leaves attention out.
     """
     config = model.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
     reached = config.num_experts_per_tok / experts if experts else 1.0
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is embedding
-    flops = 0.0
+    flops = attention_flops_per_token(config, sequence_length)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or (parameter is embedding and not tied):
             continue
         share = reached if ".experts." in name else 1.0
         flops += (6 if parameter.requires_grad else 4) * parameter.numel() * share
+    return flops
+
+
+def attention_flops_per_token(config: PreTrainedConfig, sequence_length: int) -> float:
+    """The part of `training_flops_per_token` that grows with the sequence."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return flops + 12 * config.num_hidden_layers * config.num_attention_heads * head_size * sequence_length
+    return 12.0 * config.num_hidden_layers * config.num_attention_heads * head_size * sequence_length
 
 
 class Stopwatch:

@@ -21,7 +21,7 @@ from .faults import Heartbeat, whole_checkpoint
 from .schedule import SparsityRamp
 from .sharding import has_shards, load_sharded_optimizer, without_shards
 from .streaming import PackedStream, StreamProgress
-from .throughput import peak_flops, training_flops_per_token
+from .throughput import attention_flops_per_token, peak_flops, training_flops_per_token
 
 _STREAM_STATE = "stream.json"
 
@@ -151,7 +151,8 @@ class QSparseTrainerMixin:
         self.add_callback(self.heartbeat)
         if stream:
             self.add_callback(StreamProgress(stream, args.rows_per_update))
-        self._flops_per_token: dict[int, float] = {}  # by sequence length
+        self._text_config = model.config.get_text_config()
+        self._weight_flops = training_flops_per_token(self.model, 0)  # before an engine shards them
         self._kl = torch.zeros((), device=args.device)
         self._kl_updates = 0
 
@@ -230,11 +231,8 @@ class QSparseTrainerMixin:
         speed = self.heartbeat.stopwatch.lap()
         measured = {"tokens_seen": self.state.num_input_tokens_seen, "tokens_per_second": speed}
         if peak := peak_flops(self.args.device):
-            length = self._sequence_length
-            if length not in self._flops_per_token:
-                model = self.accelerator.unwrap_model(self.model)
-                self._flops_per_token[length] = training_flops_per_token(model, length)
-            measured["mfu"] = speed * self._flops_per_token[length] / (peak * self.args.world_size)
+            flops = self._weight_flops + attention_flops_per_token(self._text_config, self._sequence_length)
+            measured["mfu"] = speed * flops / (peak * self.args.world_size)
         if self.args.device.type == "cuda":
             measured["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**30
         return measured
