@@ -112,8 +112,14 @@ def resume(engines: list[str], corpus: dict, folder: Path) -> list[dict]:
             output = folder / f"{engine}-resumed-{count}"
             shutil.copytree(folder / f"{engine}-whole", output)
             resumed = run(engine, count, output, corpus, 8, batch, "resume_from_checkpoint=last")
-            errors = [abs(ours["loss"] - theirs["loss"]) for ours, theirs in zip(resumed, whole, strict=True)][4:]
-            rows.append({"engine": engine, "gpus": f"2 -> {count}", "largest_loss_difference": max(errors)})
+            losses = [[entry["loss"] for entry in log[4:]] for log in (whole, resumed)]
+            errors = [abs(theirs - ours) for theirs, ours in zip(*losses, strict=True)]
+            if any(
+                a["tokens_per_second"] == b["tokens_per_second"] for a, b in zip(whole[4:], resumed[4:], strict=True)
+            ):
+                sys.exit(f"{engine} 2 -> {count}: the log of the resumed run is not its own")
+            row = {"engine": engine, "gpus": f"2 -> {count}", "largest_loss_difference": max(errors)}
+            rows.append(row | {"losses": losses[0], "resumed_losses": losses[1]})
             print(f"{engine} 2 -> {count}: losses within {max(errors):.1e}", flush=True)
             shutil.rmtree(output)
         model = AutoModelForCausalLM.from_pretrained(folder / f"{engine}-whole" / "checkpoint-4")

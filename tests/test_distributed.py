@@ -1,0 +1,193 @@
+"""Several processes (gloo): the losses of one, checkpoints that load anywhere, runs that go on with more or fewer."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import REPOSITORY, sparse_config
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from qsparse_hf.errors import UserError
+from qsparse_hf.training.faults import complete_checkpoints
+from qsparse_hf.training.run import train
+from qsparse_hf.training.sharding import has_shards
+
+COMMANDS = {"ddp": ["scripts/train.py"], "fsdp2": ["tests/fsdp2_on_cpu.py", "train"]}
+# Gradients of fp32 summed in another order, over 6 updates.
+LOSS_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def run_config(tmp_path_factory, tiny_checkpoint) -> Path:
+    """A streamed, ramped run of 6 updates of 4 sequences that saves every 3."""
+    folder = tmp_path_factory.mktemp("run")
+    lines = [json.dumps({"text": f"{i} times {i} makes {i * i}. " * (i % 9 + 1)}) for i in range(120)]
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    config = {
+        "model": str(tiny_checkpoint),
+        "train_data": [str(folder / "train.jsonl")],
+        "streaming": True,
+        "shuffle_window": 10,
+        "sequence_length": 64,
+        "max_steps": 6,
+        "global_batch_size": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "sparsity_ramp_steps": 4,
+        "sparsity_ramp_levels": 2,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "use_cpu": True,
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def torchrun(processes: int, engine: str, *arguments) -> subprocess.Popen:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [*launch, *COMMANDS[engine], *map(str, arguments)],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    said = process.communicate(timeout=180)[1]
+    assert process.returncode == 0, said[-4000:]
+    return said
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in history if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def alone(run_config, tmp_path_factory) -> Path:
+    """The run in one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train(str(run_config), [f"output_dir={folder}"])
+    return folder
+
+
+@pytest.fixture(scope="module", params=COMMANDS)
+def together(request, run_config, tmp_path_factory) -> tuple[str, Path]:
+    """The run in two processes."""
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    finish(torchrun(2, request.param, run_config, f"output_dir={folder}"))
+    return request.param, folder
+
+
+def assert_same(alone: Path, folder: Path) -> None:
+    assert logged(folder, "loss") == pytest.approx(logged(alone, "loss"), rel=LOSS_TOLERANCE)
+    assert logged(folder, "tokens_seen") == logged(alone, "tokens_seen")
+    assert logged(folder, "sparsity/all") == pytest.approx(logged(alone, "sparsity/all"))
+    expected, actual = (load_file(path / "model.safetensors") for path in (alone, folder))
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_train_like_one(alone, together):
+    assert_same(alone, together[1])
+
+
+def test_a_checkpoint_loads_anywhere(together, tokens):
+    """Without the launcher, without this package's trainer, and by code beside it."""
+    engine, folder = together
+    checkpoint = folder / "checkpoint-6"
+    assert has_shards(checkpoint) == (engine == "fsdp2")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert type(model).__name__ == "QSparseLlamaForCausalLM"
+    final = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(model(tokens).logits, final(tokens).logits)
+
+
+def stopped_half_way(together: tuple[str, Path], folder: Path) -> None:
+    shutil.copytree(together[1], folder)
+    shutil.rmtree(folder / "checkpoint-6")
+    (folder / "model.safetensors").unlink()
+
+
+def test_two_processes_go_on_as_one(run_config, alone, together, tmp_path):
+    stopped_half_way(together, tmp_path / "run")
+    train(str(run_config), [f"output_dir={tmp_path / 'run'}", "resume_from_checkpoint=last"])
+    assert_same(alone, tmp_path / "run")
+
+
+def test_two_sharded_processes_go_on_as_one_sharded(run_config, alone, together, tmp_path):
+    engine, _ = together
+    if engine != "fsdp2":
+        pytest.skip("one process under DDP is one process")
+    stopped_half_way(together, tmp_path / "run")
+    finish(torchrun(1, engine, run_config, f"output_dir={tmp_path / 'run'}", "resume_from_checkpoint=last"))
+    assert_same(alone, tmp_path / "run")
+
+
+def test_one_process_goes_on_as_two(run_config, alone, tmp_path):
+    stopped_half_way(("ddp", alone), tmp_path / "run")
+    process = torchrun(2, "ddp", run_config, f"output_dir={tmp_path / 'run'}", "resume_from_checkpoint=last")
+    finish(process)
+    assert_same(alone, tmp_path / "run")
+
+
+def test_fsdp_does_not_go_on_from_a_checkpoint_without_shards(run_config, alone, tmp_path):
+    stopped_half_way(("ddp", alone), tmp_path / "run")
+    process = torchrun(1, "fsdp2", run_config, f"output_dir={tmp_path / 'run'}", "resume_from_checkpoint=last")
+    assert "checkpoint-3 was not written under FSDP" in process.communicate(timeout=120)[1]
+    assert process.returncode != 0
+
+
+def test_sigterm_to_one_process_stops_all_at_the_same_update(run_config, alone, tmp_path):
+    folder = tmp_path / "run"
+    process = torchrun(
+        2, "ddp", run_config, f"output_dir={folder}", "save_steps=100", "max_steps=3000", "repeat_data=true"
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("runs/*/events*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(1)
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(workers[-1], signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]
+    (saved,) = complete_checkpoints(folder)
+    assert said.count(f"{saved} is saved, resume_from_checkpoint=last goes on from it") == 2
+    assert {path.name for path in saved.glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "deepspeed"])
+def test_engine_files_are_what_accelerate_reads(engine):
+    config = load_config_from_file(str(REPOSITORY / "configs" / "accelerate" / f"{engine}.yaml"))
+    assert config.distributed_type == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed": "DEEPSPEED"}[engine]
+    assert config.num_processes == 2
+    assert config.mixed_precision == "no"  # the recipe decides
+    if engine == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+        layers = AutoModelForCausalLM.from_config(sparse_config("llama"))._no_split_modules
+        assert layers == ["LlamaDecoderLayer"]  # what TRANSFORMER_BASED_WRAP shards one at a time
+
+
+def test_one_process_that_sees_several_gpus_is_told_how_to_start(run_config, tmp_path, monkeypatch):
+    from qsparse_hf.training.trainer import QSparseTrainingArguments
+
+    monkeypatch.setattr(QSparseTrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(UserError, match="one process sees 2 GPUs; start one for each with accelerate launch"):
+        train(str(run_config), [f"output_dir={tmp_path / 'run'}"])
+    assert not (tmp_path / "run").exists()
