@@ -1,26 +1,32 @@
 """Training runs as users start them: packed text, the ramp, what is logged, and resuming to the bit."""
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
-from conftest import REPOSITORY, dense_config, make, sparse_config
+from conftest import REPOSITORY, TINY, assert_close, dense_config, make, sparse_config
 from datasets import Dataset
-from peft import PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, HfArgumentParser, TrainingArguments
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, HfArgumentParser, MixtralConfig, MixtralForCausalLM, TrainingArguments
 
 from qsparse_hf import quickstart
 from qsparse_hf.cli import main
 from qsparse_hf.errors import UserError
 from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
 from qsparse_hf.training import QSparseTrainer, QSparseTrainingArguments
+from qsparse_hf.training.distillation import forward_kl
 from qsparse_hf.training.recipe import parse
 from qsparse_hf.training.run import train
 from qsparse_hf.training.schedule import sparsity_factor
+from qsparse_hf.training.throughput import peak_flops, training_flops_per_token
 
 STEPS = 8
 
@@ -240,11 +246,94 @@ def test_bad_yaml_is_one_line(tmp_path, capsys, content):
     assert len(said.splitlines()) == 1
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "train").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configs_parse(path, monkeypatch):
-    monkeypatch.chdir(REPOSITORY)
-    model, data, training = parse(str(path), ["use_cpu=true"])
-    assert training.output_dir == f"runs/{path.stem}"
-    assert data.train_data
-    if model.config:
-        assert Path(model.config).exists()
+def test_a_run_leaves_tensorboard_and_a_page_with_its_curves(run_config, tmp_path):
+    train(str(run_config), [f"output_dir={tmp_path}", "eval_strategy=steps", "eval_steps=4"])
+    (folder,) = tmp_path.glob("runs/*")
+    board = EventAccumulator(str(folder)).Reload()
+    assert {"train/loss", "train/tokens_per_second", "train/sparsity/qkv"} <= set(board.Tags()["scalars"])
+        board.Tags()["scalars"]
+    )
+    assert [scalar.value for scalar in board.Scalars("train/tokens_seen")] == [4 * 64 * step for step in range(1, 9)]
+    page = (tmp_path / "training_report.html").read_text()
+    for shown in ("8 of 8 updates", "<svg", "loss (nats a token)", "sparsity", "tokens a second", "30,720"):
+        assert shown in page
+    assert "mfu" not in page  # a CPU's peak is not known
+
+
+def test_logs_go_where_report_to_says(run_config, tmp_path):
+    train(str(run_config), [f"output_dir={tmp_path}", "report_to=none", "max_steps=6"])
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_the_progress_bar_shows_speed_and_time_left(run_config, tmp_path, capsys):
+    train(str(run_config), [f"output_dir={tmp_path}"])
+    bar = next(line for line in capsys.readouterr().err.split("\r") if "tokens/s" in line)
+    assert re.search(r"\d/8 \[\d\d:\d\d<\d\d:\d\d, .*loss=\d\.\d{3}, sparsity/all=0\.\d{3}, tokens/s=[\d,]+\]", bar)
+
+
+def test_flops_by_hand():
+    model = make(sparse_config("llama"))
+    # Two layers of q, o [64, 64], k, v [32, 64], gate, up, down [96, 64], and the head [128, 64]; not the embedding.
+    weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64) + 128 * 64
+    assert training_flops_per_token(model, 0) == 6 * weights
+    assert training_flops_per_token(model, 10) == 6 * weights + 12 * 2 * 64 * 10
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert training_flops_per_token(adapted, 0) == 4 * weights + 6 * 2 * 2 * (64 + 64)
+    tied = make(sparse_config("llama", tie_word_embeddings=True))
+    assert training_flops_per_token(tied, 0) == 6 * weights
+    experts = MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2))
+    dense = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 4 * 64) + 128 * 64  # with the router
+    assert training_flops_per_token(experts, 0) == 6 * (dense + 2 * 2 * 3 * 96 * 64)
+
+
+def test_utilisation_on_a_known_device(run_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("qsparse_hf.training.trainer.peak_flops", lambda device: 1e12)
+    trainer = train(str(run_config), [f"output_dir={tmp_path}"])
+    flops = training_flops_per_token(trainer.model, 64)
+    for entry in trainer.state.log_history[:-1]:
+        if "loss" in entry:
+            assert entry["mfu"] == pytest.approx(entry["tokens_per_second"] * flops / 1e12)
+    assert peak_flops(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    assert peak_flops(torch.device("cuda", 0)) == 312e12
+
+
+def test_forward_kl_by_hand():
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
+    expected = 0.5 * math.log(2) + 0 + 0.25 * math.log(0.5)
+    student, teacher = (x.log().expand(1, 4, 3).clone().requires_grad_() for x in (q, p))
+    labels = torch.tensor([[0, 1, -100, 2]])  # the first is never predicted
+    kl = forward_kl(student, teacher.detach(), labels)
+    assert kl.item() == pytest.approx(2 * expected)
+    kl.backward()
+    assert_close(student.grad[0, 0], q - p)  # of the softmax
+    assert student.grad[0, 1].abs().sum() == 0 == student.grad[0, 3].abs().sum()
+    long = torch.randn(1, 3000, 7, requires_grad=True)
+    theirs = torch.randn(1, 3000, 7)
+    whole = F.kl_div(long[:, :-1].log_softmax(-1), theirs[:, :-1].softmax(-1), reduction="sum")
+    in_chunks = forward_kl(long, theirs, torch.zeros(1, 3000, dtype=torch.long))
+    assert in_chunks.item() == pytest.approx(whole.item(), rel=1e-5)
+    assert_close(*(torch.autograd.grad(loss, long)[0] for loss in (in_chunks, whole)))
+
+
+def test_distillation_learns_the_parent(run_config, tmp_path, tiny_checkpoint):
+    """From other weights, on divergence alone: the student comes nearer; the sum of both losses is as said."""
+    make(dense_config("llama"), seed=1).save_pretrained(tmp_path / "parent")
+    options = [f"distill_from={tmp_path / 'parent'}", "sparsity_ramp_steps=0", "save_strategy=no"]
+
+    def history(*more: str) -> list[dict]:
+        trainer = train(str(run_config), [f"output_dir={tmp_path / 'out'}", *options, *more])
+        return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    alone = history("distill_weight=1", "max_steps=30", "learning_rate=1e-2")
+    assert alone[-1]["distill_kl"] < 0.8 * alone[0]["distill_kl"]
+    assert all(entry["loss"] == pytest.approx(entry["distill_kl"], rel=1e-5) for entry in alone)
+    plain = train(str(run_config), [f"output_dir={tmp_path / 'plain'}", *options[1:]]).state.log_history[0]["loss"]
+    for accumulation in ("per_device_train_batch_size=4", "per_device_train_batch_size=2"):
+        mixed = history("distill_weight=0.25", "global_batch_size=4", accumulation)[0]
+        assert mixed["loss"] == pytest.approx(0.75 * plain + 0.25 * mixed["distill_kl"], rel=1e-5)
+        assert mixed["distill_kl"] == pytest.approx(alone[0]["distill_kl"], rel=1e-5)
+
+    make(dense_config("llama", vocab_size=99)).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="has a vocabulary of 99, the model one of 128"):
+        history(f"distill_from={tmp_path / 'other'}")

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import re
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -92,6 +93,10 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"{key.value!r} stands twice, again in line {key.start_mark.line + 1}")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes 1e-6 for text, as it has no dot.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def _read_yaml(text: str, source: str) -> dict[str, str | list[str] | None]:
