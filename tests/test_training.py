@@ -251,8 +251,6 @@ def test_a_run_leaves_tensorboard_and_a_page_with_its_curves(run_config, tmp_pat
     (folder,) = tmp_path.glob("runs/*")
     board = EventAccumulator(str(folder)).Reload()
     assert {"train/loss", "train/tokens_per_second", "train/sparsity/qkv"} <= set(board.Tags()["scalars"])
-        board.Tags()["scalars"]
-    )
     assert [scalar.value for scalar in board.Scalars("train/tokens_seen")] == [4 * 64 * step for step in range(1, 9)]
     page = (tmp_path / "training_report.html").read_text()
     for shown in ("8 of 8 updates", "<svg", "loss (nats a token)", "sparsity", "tokens a second", "30,720"):

@@ -4,6 +4,8 @@ A checkpoint counts once its last file, `COMPLETE`, is there; a kill at any mome
 from. Once an update all processes learn what happened to any of them, so that they save or stop together.
 """
 
+import json
+import os
 import shutil
 import signal
 import threading
@@ -32,8 +34,16 @@ def complete_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
+def checkpoint_facts(folder: str | Path) -> dict[str, int]:
+    """What `whole_checkpoint` was told about the run; nothing about a checkpoint of another trainer's."""
+    mark = Path(folder) / COMPLETE
+    return json.loads(mark.read_text() or "{}") if mark.exists() else {}
+
+
 @contextmanager
-def whole_checkpoint(output_dir: str | Path, update: int, writes: bool, wait: Callable[[], None]) -> Iterator[Path]:
+def whole_checkpoint(
+    output_dir: str | Path, update: int, writes: bool, wait: Callable[[], None], facts: dict[str, int] | None = None
+) -> Iterator[Path]:
     """Around the writing of a checkpoint, in all processes: marks it complete, or leaves nothing of it.
 
     Args:
@@ -41,6 +51,7 @@ def whole_checkpoint(output_dir: str | Path, update: int, writes: bool, wait: Ca
         update: the checkpoint's number.
         writes: whether this process writes the checkpoint's shared files.
         wait: returns once every process has called it.
+        facts: of the run, kept for `checkpoint_facts`.
 
     Raises:
         UserError: it cannot be written, because the disk is full for instance. Those before it stay.
@@ -53,7 +64,9 @@ def whole_checkpoint(output_dir: str | Path, update: int, writes: bool, wait: Ca
         yield folder
         wait()
         if writes:
-            (folder / COMPLETE).touch()
+            unfinished = folder / f".{COMPLETE}"
+            unfinished.write_text(json.dumps(facts or {}))
+            os.replace(unfinished, folder / COMPLETE)
     except UserError:
         raise
     except Exception as error:  # safetensors, torch and the file system each raise their own

@@ -17,7 +17,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_
 from ..errors import UserError, user_errors
 from ..report import projections, sparsity_report
 from .distillation import forward_kl
-from .faults import Heartbeat, whole_checkpoint
+from .faults import Heartbeat, checkpoint_facts, whole_checkpoint
 from .schedule import SparsityRamp
 from .sharding import has_shards, load_sharded_optimizer, without_shards
 from .streaming import PackedStream, StreamProgress
@@ -154,23 +154,36 @@ class QSparseTrainerMixin:
         self._text_config = model.config.get_text_config()
         self._weight_flops = training_flops_per_token(self.model, 0)  # before an engine shards them
         self._kl = torch.zeros((), device=args.device)
-        self._kl_updates = 0
+        self._kl_updates: set[int] = set()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As in Transformers. SIGTERM saves a checkpoint and ends the training; `heartbeat.terminated` says so."""
         folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        if folder:
+            self._check_checkpoint(folder)
         if folder and isinstance(self.train_dataset, PackedStream):
             self.train_dataset.resume(json.loads(Path(folder, _STREAM_STATE).read_text()))
             self.args.ignore_data_skip = True  # the stream begins there, nothing is left to skip
-        if folder and self.is_fsdp_enabled and not has_shards(folder):
-            raise UserError(
-                f"{folder} was not written under FSDP, which cannot go on from it; go on without, or begin a new run "
-                f"from its weights with model={folder}"
-            )
         with self.heartbeat.listening():
             result = super().train(folder, *args, **kwargs)
         self.heartbeat.require_finite(self.model, self.args, self.state.global_step)
         return result
+
+    def _check_checkpoint(self, folder: str) -> None:
+        """Whether this trainer can go on from a checkpoint as if it had not stopped."""
+        if self.is_fsdp_enabled and not has_shards(folder):
+            raise UserError(
+                f"{folder} was not written under FSDP, which cannot go on from it; go on without, or begin a new run "
+                f"from its weights with model={folder}"
+            )
+        if isinstance(self.train_dataset, PackedStream) and not Path(folder, _STREAM_STATE).exists():
+            raise UserError(f"{folder} is of a run that did not stream its data; go on with streaming=false")
+        then, now = checkpoint_facts(folder).get("rows_per_update"), self.args.rows_per_update
+        if then not in (None, now):
+            raise UserError(
+                f"{folder} is of a run with {then} sequences an update, and this one has {now}, which would be other "
+                f"data from here on; set global_batch_size={then}"
+            )
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
         if self._measures:
@@ -204,6 +217,7 @@ class QSparseTrainerMixin:
             if self.args.average_tokens_across_devices:
                 kl = kl * self.accelerator.num_processes
         self._kl += kl.detach()
+        self._kl_updates.add(self.state.global_step)
         weight = self.args.distill_weight
         loss = (1 - weight) * loss + weight * kl
         return (loss, outputs) if return_outputs else loss
@@ -238,11 +252,10 @@ class QSparseTrainerMixin:
         return measured
 
     def _measure_kl(self) -> dict[str, float]:
-        updates = self.state.global_step - self._kl_updates
-        total = self.accelerator.gather(self._kl).mean().item()
+        kl = self.accelerator.gather(self._kl).mean().item() / len(self._kl_updates)
         self._kl.zero_()
-        self._kl_updates = self.state.global_step
-        return {"distill_kl": total / updates}
+        self._kl_updates.clear()
+        return {"distill_kl": kl}
 
     def _measure_sparsity(self) -> dict[str, float]:
         row = self._prepare_inputs(self._latest_row)
@@ -275,12 +288,13 @@ class QSparseTrainerMixin:
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """As in Transformers, but whole or not there; older ones are deleted only once the new one is whole."""
         update, writes, run_dir = self.state.global_step, self.args.should_save, self._get_output_dir(trial=trial)
+        facts = {"rows_per_update": self.args.rows_per_update, "processes": self.args.world_size}
         self.heartbeat.require_finite(self.model, self.args, update)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with (
                 self.heartbeat.stopwatch.paused(),
-                whole_checkpoint(run_dir, update, writes, self.accelerator.wait_for_everyone) as folder,
+                whole_checkpoint(run_dir, update, writes, self.accelerator.wait_for_everyone, facts) as folder,
             ):
                 super()._save_checkpoint(model, trial)
                 if isinstance(self.train_dataset, PackedStream) and writes:
