@@ -137,7 +137,7 @@ def estimate(row: dict, device: torch.device) -> str:
     gpus, rows, network = 64, 4, 50e9
     tokens = rows * SEQUENCE_LENGTH
     compute = tokens * flops / (row["mfu"] * peak)
-    exchanged = 2 * 2 * weights + 4 * weights  # bf16 weights gathered twice, fp32 gradients reduced
+    exchanged = (2 + 2 + 2) * weights  # gathered forward and backward, gradients reduced: all in bf16
     exchange = exchanged / network
     step, worst = max(compute, exchange), compute + exchange
     state = weights * (4 + 4 + 8) / gpus / 2**30
@@ -146,7 +146,7 @@ def estimate(row: dict, device: torch.device) -> str:
         f"  FLOPs a token            6 N + 12 L d T = {flops / 1e9:.1f} G",
         f"  compute a micro-batch    {tokens:,} tokens * {flops / 1e9:.1f} G / ({row['mfu']:.1%} * {peak / 1e12:.0f} T)"
         f" = {compute:.2f} s",
-        f"  exchanged a micro-batch  (2 * 2 + 4) B * {weights / 1e9:.2f} G = {exchanged / 1e9:.0f} GB a GPU,"
+        f"  exchanged a micro-batch  (2 + 2 + 2) B * {weights / 1e9:.2f} G = {exchanged / 1e9:.0f} GB a GPU,"
         f" {exchange:.2f} s at {network / 1e9:.0f} GB/s (one 400 Gb/s port a GPU)",
         f"  speed                    {gpus} * {tokens:,} / {step:.2f} s = {gpus * tokens / step:,.0f} tokens/s if the"
         f" exchange hides behind compute, {gpus * tokens / worst:,.0f} if not at all",

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import zlib
 from pathlib import Path
 
@@ -136,8 +137,9 @@ def _write_questions(folder: Path) -> None:
             functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
         except SyntaxError:  # another Python's
             continue
+        written = text.splitlines()
         for function in functions:
-            code = ast.get_source_segment(text, function)
+            code = textwrap.dedent("\n".join(written[function.lineno - 1 : function.end_lineno]))
             if (asked := ast.get_docstring(function)) and len(code) < 600:
                 lines.append(json.dumps({"prompt": asked, "completion": code}) + "\n")
     (folder / "questions.jsonl").write_text("".join(lines))

@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face's is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and wait for busy cores
 
 import subprocess
 import sys

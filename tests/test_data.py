@@ -73,19 +73,22 @@ def test_files_of_every_kind(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "b.json").write_text(json.dumps(rows))
     (tmp_path / "c.json").write_text((tmp_path / "a.jsonl").read_text())  # lines by another name
+    (tmp_path / "c.NDJSON").write_text((tmp_path / "a.jsonl").read_text())
+    (tmp_path / "b2.json").write_text("\n " + json.dumps(rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     with open(tmp_path / "e.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["body", "id"], ["one", 1], ["two", 2]])
+        csv.writer(file).writerows([["body", "id", "more"], ["one", 1, "x" * 200_000], ["two", 2, ""]])
     (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     for path in sorted(tmp_path.iterdir()):
         assert texts_of({"files": str(path), "columns": "body"}) == ["one", "two"], path
 
+    (tmp_path / "package.py").mkdir()
     (tmp_path / "g.py").write_text("first\ndocument")
     (tmp_path / "h.txt").write_bytes(b"sec\xffond")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     assert texts_of(str(tmp_path / "*.[pt][yx]*")) == ["first\ndocument", "sec�ond"]
     everything = texts_of({"files": str(tmp_path), "columns": {"text": "body"}})
-    assert sorted(everything) == sorted(["one", "two"] * 6 + ["first\ndocument", "sec�ond"])
+    assert sorted(everything) == sorted(["one", "two"] * 8 + ["first\ndocument", "sec�ond"])
 
 
 def test_a_dataset_its_slices_skip_and_take(tmp_path):
@@ -115,6 +118,8 @@ def test_mixtures_follow_their_probabilities(tmp_path):
         ('{"text": 7}', "column 'text' must hold text, got 7"),
         ('{"text": "  "}', "column 'text' is empty"),
         ("", "is an empty line"),
+        ('{"text": "half \\ud800 pair"}', "column 'text' holds half of a surrogate pair"),
+        ("[" * 100_000, "is not JSON: maximum recursion depth"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
@@ -142,11 +147,19 @@ def test_bad_rows_are_named_or_counted(tmp_path, tiny_tokenizer, caplog, row, pr
 
 
 def test_unreadable_files_are_named(tmp_path, tiny_tokenizer):
-    for name, content in (("a.parquet", b"PAR1 no"), ("b.json", b"[{]"), ("c.jsonl.gz", b"plain")):
+    half = gzip.compress(b'{"text": "good"}\n' * 9000)
+    contents = {"a.parquet": b"PAR1 no", "b.json": b"[{]", "c.jsonl.gz": b"plain", "d.jsonl.gz": half[: len(half) // 2]}
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        data = arguments(str(tmp_path / name))
+        data = arguments(str(tmp_path / name), on_bad_row="skip")  # what follows is lost: that is not skipped
         with pytest.raises(UserError, match=f"{name}: cannot be read"):
             pack_on_disk(data.train_sources, tiny_tokenizer, data, seed=0)
+        with pytest.raises(UserError, match=f"{name}: cannot be read"):
+            list(PackedStream(data.train_sources, tiny_tokenizer, data, seed=0))
+    (tmp_path / "e.arrow").write_bytes(b"ARROW1\0\0")
+    data = arguments(str(tmp_path / "e.arrow"))
+    with pytest.raises(UserError, match=r"e.arrow: is not text"):
+        pack_on_disk(data.train_sources, tiny_tokenizer, data, seed=0)
 
 
 def test_nothing_to_train_on_is_named(tmp_path, tiny_tokenizer):

@@ -27,13 +27,14 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def run_config(tmp_path_factory, tiny_checkpoint) -> Path:
-    """A streamed run of 12 updates of 2 micro-batches over a mixture, ramped over 6, that saves every 2."""
+    """A streamed run with dropout of 12 updates of 2 micro-batches over a mixture, ramped over 6, saved every 2."""
     folder = tmp_path_factory.mktemp("run")
     for name in "ab":
         lines = [json.dumps({"text": f"{name}: {i} times {i} makes {i * i}. " * (i % 9 + 1)}) for i in range(90)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     config = {
         "model": str(tiny_checkpoint),
+        "model_fields": {"attention_dropout": 0.1},
         "train_data": [
             {"files": str(folder / "a.jsonl"), "probability": 0.7},
             {"files": str(folder / "b.jsonl"), "probability": 0.3},
@@ -242,14 +243,54 @@ def test_whatever_fails_leaves_no_half_checkpoint(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
 
 
-def test_data_that_ends_is_saved_and_said(run_config, tmp_path):
-    options = [f"output_dir={tmp_path / 'run'}", "max_steps=100", "sparsity_ramp_steps=0"]
+@pytest.mark.parametrize(("rows", "window"), [(4, 10), (6, 7), (16, 1000)])
+def test_data_that_ends_is_saved_and_said(run_config, tmp_path, rows, window):
+    options = [f"output_dir={tmp_path / 'run'}", "max_steps=100", "sparsity_ramp_steps=0", "save_steps=1000"]
+    options += [f"shuffle_window={window}", f"global_batch_size={rows}"]
     with pytest.raises(UserError, match=r"training data.* ended after update (\d+) of 100, which is saved") as raised:
         train(str(run_config), [*options, "repeat_data=false"])
     last = complete_checkpoints(tmp_path / "run")[-1]
     assert f"after update {last.name.rpartition('-')[2]} of" in str(raised.value)
     trainer = train(str(run_config), [*options, "repeat_data=true", "resume_from_checkpoint=last"])
     assert trainer.state.global_step == 100
+    assert trainer.train_dataset.trained == 100 * rows
+
+
+def test_more_epochs_go_on_after_the_last(run_config, tmp_path):
+    options = [f"output_dir={tmp_path}", "streaming=false", "max_steps=-1", "sparsity_ramp_steps=0"]
+    once = train(str(run_config), [*options, "num_train_epochs=1"]).state.global_step
+    twice = train(str(run_config), [*options, "num_train_epochs=2", "resume_from_checkpoint=last"])
+    assert twice.state.global_step == 2 * once
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("train_data=[OTHER]", "train_data"),
+        ("sequence_length=32", "sequence_length 64, and a run with 32 would be another one"),
+        ("seed=7", "seed 42, and a run with 7"),
+        ("streaming=false", "streaming True, and a run with False"),
+        ("shuffle_window=11", "shuffle_window was 10"),
+        ("global_batch_size=8", "rows_per_update 4, and a run with 8"),
+        ("lora={r: 4}", "lora {}, and a run with {'r': 4}"),
+    ],
+)
+def test_another_run_cannot_go_on(run_config, whole_run, tmp_path, change, said):
+    (tmp_path / "other.txt").write_text("some other text. " * 500)
+    options = [f"output_dir={tmp_path / 'run'}", change.replace("OTHER", str(tmp_path / "other.txt"))]
+    with pytest.raises(UserError) as raised:
+        train(str(run_config), [*options, f"resume_from_checkpoint={whole_run / 'checkpoint-4'}"])
+    assert said in str(raised.value)
+
+
+def test_checkpoints_that_cannot_go_on_are_named(run_config, tmp_path):
+    options = [f"output_dir={tmp_path}", "max_steps=6"]
+    train(str(run_config), [*options, "save_only_model=true"])
+    with pytest.raises(UserError, match="save_only_model and holds nothing to go on with"):
+        train(str(run_config), [*options, "max_steps=8", "resume_from_checkpoint=last"])
+    (tmp_path / "checkpoint-4" / COMPLETE).unlink()
+    with pytest.raises(UserError, match="checkpoint-4 was cut off while it was written"):
+        train(str(run_config), [*options, f"resume_from_checkpoint={tmp_path / 'checkpoint-4'}"])
 
 
 @pytest.mark.parametrize("lora", ["{}", "{r: 4}"])

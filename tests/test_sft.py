@@ -160,6 +160,8 @@ def test_conversations_keep_their_turns(run_config, tmp_path):
             "messages need a chat template",
         ),
         (["sequence_length=129"], r"max_position_embeddings \(128\), got 129"),
+        (["sequence_length=8"], "no example has an answer within sequence_length"),
+        (["max_length=64"], r"max_length is sequence_length here \(128\), got 64"),
         (["max_steps=100"], "needs 400 sequences and the training data holds"),
     ],
 )

@@ -212,6 +212,19 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capfd):
         (["distill_from=no/such/model"], "distill_from: no/such/model"),
         (["distill_weight=2"], "distill_weight must be above 0 and at most 1, got 2"),
         (["model_fields={sparsity: 2}"], "sparsity must be .*got 2"),
+        (["max_steps=0"], "max_steps must be at least 1, or -1"),
+        (["save_steps=0"], "save_steps must be at least"),
+        (["max_grad_norm=-1"], "max_grad_norm must be at least 0, got -1"),
+        (["seed=-1"], "seed must be at least 0, got -1"),
+        (["global_batch_size=8", "gradient_accumulation_steps=3"], "makes gradient_accumulation_steps 2, got 3"),
+        (["learning_rate=-1"], "optimizer or schedule: .*learning rate"),
+        (["adam_beta1=2"], "optimizer or schedule: .*beta"),
+        (["lr_scheduler_kwargs={foo: 1}"], "optimizer or schedule: .*foo"),
+        (["lr_scheduler_type=cosine_with_min_lr"], "optimizer or schedule"),
+        (["optim=adamw_bnb_8bit"], "optimizer or schedule: .*bitsandbytes"),
+        (["train_data=[{files: 2024-01-01}]"], "no file matches '2024-01-01'"),
+        (["train_data=[{files: 3}]"], "files of a data source must be a path or several, got 3"),
+        (["{[a]: 1}=2"], "is not YAML"),
         (["nonsense"], "key=value, got 'nonsense'"),
     ],
 )
@@ -292,8 +305,13 @@ def test_utilisation_on_a_known_device(run_config, tmp_path, monkeypatch):
         if "loss" in entry:
             assert entry["mfu"] == pytest.approx(entry["tokens_per_second"] * flops / 1e12)
     assert peak_flops(torch.device("cpu")) is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
-    assert peak_flops(torch.device("cuda", 0)) == 312e12
+    names = {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989.4e12, "NVIDIA H200 NVL": 835.5e12, "NVIDIA L4": 121e12}
+    names |= dict.fromkeys(
+        ("NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GB200")
+    )
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda", 0)) == peak, name
 
 
 def test_forward_kl_by_hand():
@@ -335,3 +353,19 @@ def test_distillation_learns_the_parent(run_config, tmp_path, tiny_checkpoint):
     make(dense_config("llama", vocab_size=99)).save_pretrained(tmp_path / "other")
     with pytest.raises(UserError, match="has a vocabulary of 99, the model one of 128"):
         history(f"distill_from={tmp_path / 'other'}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["report_to=nonsense"], "nonsense"),
+        (["eval_strategy=steps", "eval_data=[]"], "eval"),
+        (["output_dir=/proc/nope/x"], "/proc/nope"),
+        (["fsdp=full_shard"], "fsdp"),
+    ],
+)
+def test_what_the_trainer_refuses_is_one_line(run_config, tmp_path, capsys, overrides, said):
+    assert main(["train", str(run_config), f"output_dir={tmp_path / 'out'}", *overrides]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("qsparse: error: ")
+    assert said in line.lower()

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
-from datasets.fingerprint import Hasher, generate_random_fingerprint
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
-from .sources import RowCheck, Source, cache_sidecar, read_documents
+from .sources import RowCheck, Source, cache_sidecar, read_documents, reason
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def prepare_on_disk(
     Raises:
         UserError: a bad row, or nothing to train on.
     """
-    documents, content = read_documents(sources, streaming=arguments.streaming, seed=seed)
+    documents, content = read_documents(sources, streaming=False, seed=seed)
     check = RowCheck(skip=arguments.on_bad_row == "skip")
 
     def rows() -> Iterator[dict]:
@@ -164,13 +164,13 @@ def prepare_on_disk(
                 f"sequence of {arguments.sequence_length} tokens" + (f"; {check}" if check.skipped else "")
             )
 
-    fingerprint = Hasher.hash((content or generate_random_fingerprint(), arguments.on_bad_row, key))
+    fingerprint = Hasher.hash((content, arguments.on_bad_row, key))
     try:
         dataset = Dataset.from_generator(rows, features, fingerprint=fingerprint)
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise
+        raise UserError(f"{', '.join(map(str, sources))}: cannot be prepared: {reason(error)}") from error
     sidecar = Path(cache_sidecar(dataset))
     if check.rows:
         sidecar.write_text(json.dumps(check.counts))

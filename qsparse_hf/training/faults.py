@@ -34,15 +34,15 @@ def complete_checkpoints(output_dir: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def checkpoint_facts(folder: str | Path) -> dict[str, int]:
-    """What `whole_checkpoint` was told about the run; nothing about a checkpoint of another trainer's."""
+def checkpoint_facts(folder: str | Path) -> dict[str, object] | None:
+    """What `whole_checkpoint` was told about the run; None of a checkpoint that it did not finish."""
     mark = Path(folder) / COMPLETE
-    return json.loads(mark.read_text() or "{}") if mark.exists() else {}
+    return json.loads(mark.read_text() or "{}") if mark.exists() else None
 
 
 @contextmanager
 def whole_checkpoint(
-    output_dir: str | Path, update: int, writes: bool, wait: Callable[[], None], facts: dict[str, int] | None = None
+    output_dir: str | Path, update: int, writes: bool, wait: Callable[[], None], facts: dict[str, object] | None = None
 ) -> Iterator[Path]:
     """Around the writing of a checkpoint, in all processes: marks it complete, or leaves nothing of it.
 

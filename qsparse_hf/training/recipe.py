@@ -106,7 +106,7 @@ def _read_yaml(text: str, source: str) -> dict[str, str | list[str] | None]:
     """
     try:
         typed, written = yaml.load(text, _Loader), yaml.load(text, yaml.BaseLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, TypeError) as error:  # TypeError: a key that is a list
         raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
     if typed is None:
         raise UserError(f"{source} is empty")
@@ -114,7 +114,7 @@ def _read_yaml(text: str, source: str) -> dict[str, str | list[str] | None]:
         raise UserError(f"{source} must hold `key: value` lines, got {type(typed).__name__}")
 
     def as_argument(value: object, scalar: object) -> object:
-        return json.dumps(value) if isinstance(value, dict) else scalar
+        return json.dumps(value, default=str) if isinstance(value, dict) else scalar
 
     values = {}
     for key, value in typed.items():

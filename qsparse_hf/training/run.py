@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -14,17 +15,21 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerState,
+    get_scheduler,
     set_seed,
 )
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging
 
-from ..errors import Interrupted, UserError, user_errors
+from ..errors import Interrupted, UserError, first_line, user_errors
 from .data import collate_packed, pack_on_disk
 from .faults import complete_checkpoints
 from .recipe import Recipe, RunArguments, parse
 from .streaming import PackedStream
 from .trainer import QSparseArguments, QSparseTrainer
 from .training_report import write_training_report
+
+logger = logging.get_logger(__name__)
 
 
 class _ProgressBar(ProgressCallback):
@@ -109,13 +114,25 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
             f"got {recipe.data.sequence_length}"
         )
     build = _fine_tuner if recipe.run.stage == "sft" else _language_modeller
-    trainer = build(recipe, model, tokenizer)
+    with user_errors(Path(config).name):
+        trainer = build(recipe, model, tokenizer)
+    trainer.facts |= {
+        "train_data": recipe.data.train_data,
+        "sequence_length": recipe.data.sequence_length,
+        "lora": recipe.run.lora_fields,
+    }
     if finished:
         trainer.state = finished
     else:
         _train(trainer, resume)
-    trainer.save_model()
-    trainer.save_state()
+    try:
+        trainer.save_model()
+        trainer.save_state()
+    except Exception as error:  # safetensors, torch and the file system each raise their own
+        raise UserError(
+            f"{arguments.output_dir}: the trained model could not be written: {first_line(error)}; "
+            "resume_from_checkpoint=last tries again"
+        ) from error
     if trainer.eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
     if trainer.is_world_process_zero():
@@ -147,9 +164,11 @@ def _language_modeller(
 def _fine_tuner(
     recipe: Recipe, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> "QSparseSFTTrainer":  # noqa: F821
-    from .sft import QSparseSFTTrainer, read_examples, set_chat_template
+    from .sft import QSparseSFTTrainer, learnable, read_examples, set_chat_template
 
     data, arguments = recipe.data, recipe.training
+    if arguments.max_length not in (type(arguments).max_length, data.sequence_length):
+        raise UserError(f"max_length is sequence_length here ({data.sequence_length}), got {arguments.max_length}")
     arguments.max_length = data.sequence_length
     set_chat_template(tokenizer, arguments)
     with arguments.main_process_first(desc="preparing data"):
@@ -158,7 +177,12 @@ def _fine_tuner(
     trainer = QSparseSFTTrainer(
         model=model, args=arguments, train_dataset=trained, eval_dataset=evaluated, processing_class=tokenizer
     )
-    trainer.train_dataset = _whole_updates(trainer.train_dataset, arguments, data.repeat_data)
+    trainer.train_dataset = _whole_updates(learnable(trainer.train_dataset), arguments, data.repeat_data)
+    if not arguments.packing and len(trainer.train_dataset) < len(trained):
+        short = len(trained) - len(trainer.train_dataset)
+        logger.warning(
+            f"{short:,} of {len(trained):,} examples fill no update or have no answer within sequence_length"
+        )
     return trainer
 
 
@@ -170,6 +194,12 @@ def _check(recipe: Recipe) -> None:
         )
     if recipe.data.streaming and recipe.training.max_steps < 1:
         raise UserError("a stream has no known length: set max_steps to the number of updates")
+    arguments = recipe.training
+    with user_errors("optimizer or schedule"):
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = optimizer_class([torch.zeros(1, requires_grad=True)], **options)
+        kwargs = arguments.lr_scheduler_kwargs
+        get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=kwargs)
 
 
 def _checkpoint_to_resume(arguments: QSparseArguments) -> str | None:
@@ -208,7 +238,9 @@ def _finished(checkpoint: str | None, arguments: QSparseArguments) -> TrainerSta
     if checkpoint is None:
         return None
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    planned = arguments.max_steps if arguments.max_steps > 0 else state.max_steps
+    planned = arguments.max_steps
+    if planned < 0:
+        planned = state.max_steps if state.num_train_epochs == math.ceil(arguments.num_train_epochs) else math.inf
     if state.global_step > planned:
         raise UserError(f"{checkpoint} is further than max_steps {planned}")
     return state if state.global_step == planned else None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, IterableDataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..errors import UserError, user_errors
 from .data import DataArguments, identity, prepare_on_disk
@@ -19,6 +20,8 @@ try:
     from trl import SFTConfig, SFTTrainer
 except ImportError as error:
     raise UserError(f'stage sft needs TRL, pip install "qsparse-hf[sft]" brings it: {error}') from error
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -52,7 +55,24 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: QSparseSFTC
             tokenizer.chat_template = Path(source).read_text(encoding="utf-8")
         else:
             tokenizer.chat_template = AutoTokenizer.from_pretrained(source).get_chat_template()
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
     arguments.chat_template_path = None  # TRL would add the other tokenizer's special tokens as well
+
+
+def learnable(rows: Dataset) -> Dataset:
+    """`rows` of TRL's `labels` without those that teach nothing: prompts so long that no answer is left of them.
+
+    Raises:
+        UserError: none are left.
+    """
+    learnt = rows.filter(
+        lambda row: any(label != -100 for label in row["labels"]), desc="dropping rows without answers"
+    )
+    if not len(learnt):
+        raise UserError("no example has an answer within sequence_length; make it longer")
+    if len(learnt) < len(rows):
+        logger.warning(f"{len(rows) - len(learnt):,} of {len(rows):,} rows have no answer within sequence_length")
+    return learnt
 
 
 def read_examples(

@@ -37,7 +37,7 @@ FEATURES = Features(
     | {"messages": List(_MESSAGE), "origin": Value("string"), "problem": Value("string")}
 )
 
-_TABLES = (".jsonl", ".json", ".parquet", ".csv")
+_TABLES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
 _TEXTS = (".txt", ".md", ".rst", ".py")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # ShareGPT's names for a message's fields and speakers.
@@ -49,8 +49,8 @@ class Source:
     """One place that documents come from.
 
     Attributes:
-        files: paths, folders or globs. `.jsonl`, `.json`, `.parquet` and `.csv` (also compressed) hold rows; any other
-            file is one document.
+        files: paths, folders or globs. `.jsonl`, `.ndjson`, `.json`, `.parquet` and `.csv` (also compressed) hold rows;
+            any other text file is one document, of a folder those that end in `.txt`, `.md`, `.rst` or `.py`.
         dataset: or a dataset on the Hub or a local folder that `load_dataset` understands.
         name: its configuration (subset).
         split: its split; slices like `train[:1%]` too, unless it is streamed.
@@ -104,7 +104,10 @@ class Source:
                 except ValueError:
                     raise UserError(f"{key} of a data source must be a number, got {values[key]!r}") from None
         if "files" in values:
-            values["files"] = (values["files"],) if isinstance(values["files"], str) else tuple(values["files"])
+            files = [values["files"]] if isinstance(values["files"], str) else values["files"]
+            if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+                raise UserError(f"files of a data source must be a path or several, got {files!r}")
+            values["files"] = tuple(files)
         if isinstance(values.get("columns"), str):
             values["columns"] = {"text": values["columns"]}
         return cls(**values)
@@ -127,7 +130,7 @@ def read_documents(sources: list[Source], *, streaming: bool, seed: int) -> tupl
         raise UserError("give a probability to every data source or to none")
     if probabilities and abs(sum(probabilities) - 1) > 1e-6:
         raise UserError(f"the probabilities of the data sources must add up to 1, got {sum(probabilities):g}")
-    parts, contents = zip(*(_open(source, streaming) for source in sources), strict=True)
+    parts, contents = zip(*(_open(source, streaming, seed) for source in sources), strict=True)
     if streaming:  # a buffer of one leaves rows where they are and draws the order of the shards alone
         parts = [part.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1) for part in parts]
     if len(parts) == 1:
@@ -139,7 +142,7 @@ def read_documents(sources: list[Source], *, streaming: bool, seed: int) -> tupl
     return documents, None if None in contents else Hasher.hash((contents, probabilities, seed))
 
 
-def _open(source: Source, streaming: bool) -> tuple[IterableDataset, str | None]:
+def _open(source: Source, streaming: bool, seed: int) -> tuple[IterableDataset, str | None]:
     if source.files:
         files = [file for pattern in source.files for file in _match(pattern)]
         documents = IterableDataset.from_generator(
@@ -154,12 +157,14 @@ def _open(source: Source, streaming: bool) -> tuple[IterableDataset, str | None]
         names = rows.column_names or list(next(iter(rows)))
     except Exception as error:  # builders raise what they like
         where = f"dataset {source.dataset!r}" + (f", {source.name}" if source.name else "")
-        raise UserError(f"{where}, split {source.split!r}: {_reason(error)}") from error
+        raise UserError(f"{where}, split {source.split!r}: {reason(error)}") from error
     if missing := sorted(set(source.columns.values()) - set(names)):
         raise UserError(f"{source.dataset} has no column {missing[0]!r}; it has {', '.join(names)}")
     content = Hasher.hash((rows._fingerprint, source.columns)) if isinstance(rows, Dataset) else None
     rows = _slice(rows, source)
     if isinstance(rows, Dataset):
+        if source.probability is not None:  # the mixture may end before this source: what is left out is drawn
+            rows = rows.shuffle(seed=seed)
         rows = rows.to_iterable_dataset()
     label = partial(_label, columns=source.columns, name=f"{source.dataset}[{source.split}]")
     documents = rows.map(label, with_indices=True, remove_columns=names, features=FEATURES)
@@ -178,7 +183,7 @@ def _label(row: dict, index: int, columns: dict[str, str], name: str) -> dict:
 
 def _match(pattern: str) -> list[Path]:
     if Path(pattern).is_dir():
-        found = [path for path in Path(pattern).rglob("*") if _kind(path) in _TABLES + _TEXTS]
+        found = [path for path in Path(pattern).rglob("*") if _kind(path) in _TABLES + _TEXTS and path.is_file()]
     else:
         found = [path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file()]
     if not found:
@@ -187,23 +192,27 @@ def _match(pattern: str) -> list[Path]:
 
 
 def _kind(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix in _COMPRESSED else path.suffix
+    """The ending that says how a file is read, without its compression's."""
+    return (path.with_suffix("").suffix if path.suffix.lower() in _COMPRESSED else path.suffix).lower()
 
 
 def _read_files(files: list[str], columns: dict[str, str]) -> Iterator[dict]:
     for file in files:
         kind = _kind(Path(file))
+        number = 0
         try:
             for row, number in _READERS.get(kind, _read_text)(file):
                 origin = file if kind not in _TABLES else f"{file}:{number}"
                 yield _document(row, columns if kind in _TABLES else {"text": "text"}, origin)
-        except (OSError, ValueError, csv.Error) as error:  # what follows in this file cannot be read
-            yield _empty(file) | {"problem": f"cannot be read: {_reason(error)}"}
+        except Exception as error:  # each format and compression raises its own
+            after = f" after row {number}" if number else ""
+            raise UserError(f"{file}: cannot be read{after}: {reason(error)}") from error
 
 
-def _read_text(file: str) -> Iterator[tuple[dict, int]]:
-    with fsspec.open(file, "rt", compression="infer", encoding="utf-8", errors="replace") as text:
-        yield {"text": text.read()}, 1
+def _read_text(file: str) -> Iterator[tuple[dict | str, int]]:
+    with fsspec.open(file, "rt", compression="infer", encoding="utf-8", errors="replace") as opened:
+        text = opened.read()
+        yield "is not text" if "\0" in text else {"text": text}, 1
 
 
 def _read_jsonl(file: str) -> Iterator[tuple[dict | str, int]]:
@@ -212,17 +221,18 @@ def _read_jsonl(file: str) -> Iterator[tuple[dict | str, int]]:
             line = line.strip()
             try:
                 yield json.loads(line) if line else "is an empty line", number
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield f"is not JSON: {error}", number
 
 
 def _read_json(file: str) -> Iterator[tuple[dict | str, int]]:
     with fsspec.open(file, "rt", compression="infer", encoding="utf-8") as text:
-        if text.read(1) != "[":  # JSON lines by another name
-            yield from _read_jsonl(file)
+        begins = next((line.lstrip()[0] for line in text if line.strip()), "")
+        if begins == "[":
+            text.seek(0)
+            yield from zip(json.load(text), range(1, 1 << 62), strict=False)
             return
-        text.seek(0)
-        yield from zip(json.load(text), range(1, 1 << 62), strict=False)
+    yield from _read_jsonl(file)  # JSON lines by another name
 
 
 def _read_parquet(file: str) -> Iterator[tuple[dict, int]]:
@@ -235,12 +245,19 @@ def _read_parquet(file: str) -> Iterator[tuple[dict, int]]:
 
 
 def _read_csv(file: str) -> Iterator[tuple[dict, int]]:
+    csv.field_size_limit(2**31 - 1)  # documents are longer than the 128 KiB that csv allows by default
     with fsspec.open(file, "rt", compression="infer", encoding="utf-8", newline="") as text:
         rows = csv.DictReader(text)
         yield from ((row, rows.line_num) for row in rows)
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet, ".csv": _read_csv}
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+}
 
 
 def _empty(origin: str) -> dict:
@@ -266,8 +283,18 @@ def _document(row: object, columns: dict[str, str], origin: str) -> dict:
             return document | {"problem": f"column {column!r} must hold text, got {value!r:.40}"}
         elif not value.strip():
             return document | {"problem": f"column {column!r} is empty"}
+        if not _encodes(value):
+            return document | {"problem": f"column {column!r} holds half of a surrogate pair, which is no text"}
         document[role] = value
     return document
+
+
+def _encodes(value: str | list[dict[str, str]] | None) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _messages(value: object) -> list[dict[str, str]] | None:
@@ -285,7 +312,8 @@ def _messages(value: object) -> list[dict[str, str]] | None:
     return messages
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """What the exception at the bottom says: libraries wrap it in their own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)

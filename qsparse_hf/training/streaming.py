@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from ..errors import UserError
 from .data import DataArguments, end_token, pack, require_text, text_batches
-from .sources import RowCheck, Source, read_documents
+from .sources import RowCheck, Source, read_documents, reason
 
 
 class PackedStream(torch.utils.data.IterableDataset):
@@ -26,6 +26,7 @@ class PackedStream(torch.utils.data.IterableDataset):
 
     Attributes:
         trained: rows that have been trained on; whoever trains counts them here. `state` is taken at this row.
+        rows_per_update: the stream gives multiples of this many rows and leaves out what is over at its end.
         check: counts the documents read.
         rows: how many rows the stream held, once it has ended in the middle of a window; None before.
     """
@@ -44,6 +45,7 @@ class PackedStream(torch.utils.data.IterableDataset):
         self.rows: int | None = None
         self.documents, _ = read_documents(sources, streaming=True, seed=seed)
         self.trained = 0
+        self.rows_per_update = 1
         self._begins: dict[int, dict] = {0: {"epoch": 0, "documents": None, "document": 0, "used": 0}}  # by window
 
     def state(self) -> dict:
@@ -67,6 +69,11 @@ class PackedStream(torch.utils.data.IterableDataset):
         self._begins = {self.trained // self.window: state["begin"]}
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        rows = self._rows()
+        while len(update := list(islice(rows, self.rows_per_update))) == self.rows_per_update:
+            yield from update
+
+    def _rows(self) -> Iterator[dict[str, list[int]]]:
         number = self.trained // self.window
         skipped = self.trained % self.window
         packed = self._pack(self._begins[number])
@@ -82,7 +89,12 @@ class PackedStream(torch.utils.data.IterableDataset):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _fill(self, packed: Iterator[tuple[dict, dict]], number: int) -> list[dict[str, list[int]]]:
-        window = list(islice(packed, self.window))
+        try:
+            window = list(islice(packed, self.window))
+        except UserError:
+            raise
+        except Exception as error:  # what a library's dataset raises in the middle
+            raise UserError(f"the training data cannot be read: {reason(error)}") from error
         if len(window) == self.window:
             self._begins[number + 1] = window[-1][1]
         elif window:
@@ -133,12 +145,11 @@ def _says_something(record: logging.LogRecord) -> bool:
 class StreamProgress(TrainerCallback):
     """Counts what a run has trained on of its stream, and ends the run where the stream does."""
 
-    def __init__(self, stream: PackedStream, rows_per_update: int) -> None:
+    def __init__(self, stream: PackedStream) -> None:
         self.stream = stream
-        self.rows_per_update = rows_per_update
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.stream.trained += self.rows_per_update
+        self.stream.trained += self.stream.rows_per_update
         state.epoch = state.global_step / state.max_steps  # the Trainer's own count begins anew in a resumed run
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:

@@ -1,5 +1,6 @@
 """Tokens a second, and how much of the hardware's peak they use (model FLOP utilisation)."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +9,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-# Peak of dense bf16 matrix products in FLOP/s, from the vendors' data sheets, by a part of the device's name. The first
-# match counts.
+# Peak of dense bf16 matrix products in FLOP/s, from the vendors' data sheets, by words of the device's name. The first
+# match counts; laptop variants are slower and not listed.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989.4e12,
+    "H200 NVL": 835.5e12,
     "H200": 989.4e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835.5e12,
@@ -42,7 +44,9 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    if "Laptop" in name:
+        return None
+    return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def training_flops_per_token(model: nn.Module, sequence_length: int) -> float:

@@ -5,6 +5,7 @@ parent, what is logged, and checkpoints that are whole or not there.
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.utils import logging
 
 from ..errors import UserError, user_errors
 from ..report import projections, sparsity_report
@@ -23,7 +25,11 @@ from .sharding import has_shards, load_sharded_optimizer, without_shards
 from .streaming import PackedStream, StreamProgress
 from .throughput import attention_flops_per_token, peak_flops, training_flops_per_token
 
+logger = logging.get_logger(__name__)
+
 _STREAM_STATE = "stream.json"
+# Arguments that a run may go on with other values of, at the price of a schedule that is neither's.
+_SCHEDULE = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "warmup_steps")
 
 
 @dataclass
@@ -71,9 +77,15 @@ class QSparseArguments:
             ("gradient_accumulation_steps", 1),
             ("sparsity_ramp_steps", 0),
             ("sparsity_ramp_levels", 1),
+            ("max_grad_norm", 0),
+            ("seed", 0),
+            ("save_steps", 1e-9),
+            ("num_train_epochs", 1e-9),
         ):
             if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least {least:g}, got {getattr(self, name)}")
+        if self.max_steps == 0:
+            raise UserError("max_steps must be at least 1, or -1 to go by num_train_epochs, got 0")
         super().__post_init__()
         if 0 < self.max_steps < self.sparsity_ramp_steps:
             raise UserError(
@@ -87,6 +99,11 @@ class QSparseArguments:
                 raise UserError(
                     f"global_batch_size must be a multiple of per_device_train_batch_size * processes "
                     f"({self.per_device_train_batch_size} * {self.world_size}), got {self.global_batch_size}"
+                )
+            if self.gradient_accumulation_steps not in (1, self.global_batch_size // together):
+                raise UserError(
+                    f"global_batch_size {self.global_batch_size} makes gradient_accumulation_steps "
+                    f"{self.global_batch_size // together}, got {self.gradient_accumulation_steps}; leave one out"
                 )
             self.gradient_accumulation_steps = self.global_batch_size // together
 
@@ -123,6 +140,9 @@ class QSparseTrainerMixin:
     - `sparsity/<group>`, `sparsity/all` and `activated_parameters`, measured on the first row of the latest batch;
     - `distill_kl` where there is a parent to learn from, in nats a token;
     - `rows_skipped` of a stream that skips bad rows, as far as it has been read ahead.
+
+    Attributes:
+        facts: what a checkpoint must agree on for a run to go on from it; add to it before `train`.
     """
 
     arguments_class: type = QSparseTrainingArguments
@@ -150,7 +170,14 @@ class QSparseTrainerMixin:
         self.heartbeat = Heartbeat()
         self.add_callback(self.heartbeat)
         if stream:
-            self.add_callback(StreamProgress(stream, args.rows_per_update))
+            stream.rows_per_update = args.rows_per_update
+            self.add_callback(StreamProgress(stream))
+        self.facts: dict[str, object] = {
+            "rows_per_update": args.rows_per_update,
+            "seed": args.seed,
+            "streaming": stream is not None,
+        }
+        self._restore_rng_from: str | None = None
         self._text_config = model.config.get_text_config()
         self._weight_flops = training_flops_per_token(self.model, 0)  # before an engine shards them
         self._kl = torch.zeros((), device=args.device)
@@ -164,6 +191,7 @@ class QSparseTrainerMixin:
         if folder and isinstance(self.train_dataset, PackedStream):
             self.train_dataset.resume(json.loads(Path(folder, _STREAM_STATE).read_text()))
             self.args.ignore_data_skip = True  # the stream begins there, nothing is left to skip
+            self._restore_rng_from = folder
         with self.heartbeat.listening():
             result = super().train(folder, *args, **kwargs)
         self.heartbeat.require_finite(self.model, self.args, self.state.global_step)
@@ -176,21 +204,35 @@ class QSparseTrainerMixin:
                 f"{folder} was not written under FSDP, which cannot go on from it; go on without, or begin a new run "
                 f"from its weights with model={folder}"
             )
-        if isinstance(self.train_dataset, PackedStream) and not Path(folder, _STREAM_STATE).exists():
-            raise UserError(f"{folder} is of a run that did not stream its data; go on with streaming=false")
-        then, now = checkpoint_facts(folder).get("rows_per_update"), self.args.rows_per_update
-        if then not in (None, now):
-            raise UserError(
-                f"{folder} is of a run with {then} sequences an update, and this one has {now}, which would be other "
-                f"data from here on; set global_batch_size={then}"
-            )
+        mark = checkpoint_facts(folder)
+        if mark is None and Path(folder).absolute().parent == Path(self.args.output_dir).absolute():
+            raise UserError(f"{folder} was cut off while it was written; resume_from_checkpoint=last takes a whole one")
+        mark = mark or {}
+        if mark.get("save_only_model"):
+            raise UserError(f"{folder} was saved with save_only_model and holds nothing to go on with but the weights")
+        for name, now in self.facts.items():
+            then = mark.get(name, now)
+            if then != now:
+                raise UserError(f"{folder} is of a run with {name} {then}, and a run with {now} would be another one")
+        for name in _SCHEDULE:
+            then, now = mark.get(name), getattr(self.args, name)
+            if then is not None and then != str(now):
+                logger.warning(f"{name} was {then} when the run began and is {now} now; its schedule is of both")
+
+    def get_batch_samples(self, *args, **kwargs) -> tuple:
+        samples = super().get_batch_samples(*args, **kwargs)
+        if self._restore_rng_from:  # again: beginning to read drew from it, which the run that goes on did long ago
+            self._load_rng_state(self._restore_rng_from)
+            self._restore_rng_from = None
+        return samples
 
     def training_step(self, model: nn.Module, inputs: dict, *args, **kwargs) -> Tensor:
         if self._measures:
             self._latest_row = {
                 name: value[:1] for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim > 1
             }
-        self._sequence_length = inputs["input_ids"].shape[-1]
+        longest = getattr(self.args, "max_length", None)  # TRL lays a batch of packed rows end to end
+        self._sequence_length = min(inputs["input_ids"].shape[-1], longest or math.inf)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.heartbeat.watch(self.state.global_step + 1, inputs["input_ids"], loss)
         return loss
@@ -288,7 +330,8 @@ class QSparseTrainerMixin:
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """As in Transformers, but whole or not there; older ones are deleted only once the new one is whole."""
         update, writes, run_dir = self.state.global_step, self.args.should_save, self._get_output_dir(trial=trial)
-        facts = {"rows_per_update": self.args.rows_per_update, "processes": self.args.world_size}
+        schedule = {name: str(getattr(self.args, name)) for name in _SCHEDULE}
+        facts = self.facts | schedule | {"save_only_model": self.args.save_only_model}
         self.heartbeat.require_finite(self.model, self.args, update)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
