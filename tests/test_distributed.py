@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import REPOSITORY, sparse_config
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -141,6 +143,8 @@ def test_two_processes_go_on_as_one(run_config, engine, alone, together, tmp_pat
 
 def test_one_process_goes_on_as_two_and_shards_as_fewer(run_config, engine, alone, together, tmp_path):
     before, processes = (alone, 2) if engine == "ddp" else (together, 1)
+    if engine == "ddp" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("earlier ones restore no optimizer in several CPU processes (device cpu:0); on GPUs they do")
     stopped = stopped_half_way(before, tmp_path / "run")
     finish(torchrun(processes, engine, run_config, stopped, OPTIONS[engine], "resume_from_checkpoint=last"))
     assert_same(alone, tmp_path / "run")
@@ -149,10 +153,10 @@ def test_one_process_goes_on_as_two_and_shards_as_fewer(run_config, engine, alon
 def test_what_cannot_go_on_is_named(run_config, engine, alone, tmp_path):
     stopped = stopped_half_way(alone, tmp_path / "run")
     options = [stopped, OPTIONS[engine], "resume_from_checkpoint=last"]
-    with pytest.raises(UserError, match=r"a run with 4 sequences an update, and this one has 8, .*global_batch_size=4"):
+    with pytest.raises(UserError, match="a run with rows_per_update 4, and a run with 8 would be another one"):
         train(str(run_config), [*options, "global_batch_size=8"])
     if engine == "fsdp2":
-        with pytest.raises(UserError, match="is of a run that did not stream its data"):
+        with pytest.raises(UserError, match="a run with streaming False, and a run with True would be another one"):
             train(str(run_config), [*options, "streaming=true"])
         process = torchrun(1, engine, run_config, *options)
         assert "checkpoint-3 was not written under FSDP" in process.communicate(timeout=120)[1]
