@@ -1,6 +1,7 @@
 """The `qsparse` command: one thin subcommand per verb."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -136,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; a mistake of the user's becomes one line on stderr and exit code 1, SIGTERM in training 143."""
+    """Run one command; a mistake of the user's becomes one line on stderr and exit code 1, a signal 128 plus it."""
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -144,8 +145,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"qsparse: error: {error}", file=sys.stderr)
         return 1
     except Interrupted as error:
-        print(f"qsparse: {error}", file=sys.stderr)
-        return 143  # 128 + SIGTERM: what started the command sees that it is not done
+        if os.environ.get("RANK", "0") == "0":  # all processes of a run stop together
+            print(f"qsparse: {error}", file=sys.stderr)
+        return 128 + error.number  # what started the command sees that it is not done
     except KeyboardInterrupt:
         print("qsparse: interrupted", file=sys.stderr)
         return 130

@@ -176,7 +176,7 @@ def _check_target(output: Path, source: Path, overwrite: bool) -> None:
     if not output.exists():
         return
     if not overwrite:
-        raise UserError(f"{output} exists already; remove it or pass --overwrite")
+        raise UserError(f"{output} exists already; remove it or pass overwrite=True (--overwrite)")
     if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").exists()):
         raise UserError(f"{output} is not a checkpoint, so it is not overwritten; remove it or choose another folder")
 

@@ -11,7 +11,11 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):
-    """A signal ended the work; says what was saved and how to go on. Commands print it and exit with 143."""
+    """A signal ended the work; says what was saved and how to go on. Commands print it and exit with 128 + signal."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def first_line(error: BaseException) -> str:
@@ -29,6 +33,9 @@ def user_errors(source: object) -> Iterator[None]:
     except StrictDataclassError as error:  # its own message wraps the field's in a second line
         raise UserError(f"{source}: {first_line(error.__cause__ or error)}") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{source}: {first_line(error)}") from error
+        said = first_line(error)
+        if "huggingface.co" in str(error) or "repo" in said.lower():
+            said = f"is no file or folder here, and the Hub did not give it: {said}"
+        raise UserError(f"{source}: {said}") from error
     except Exception as error:  # a field that Transformers looks up or divides by unchecked
         raise UserError(f"{source}: {type(error).__name__}: {first_line(error)}") from error

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from .conversion import convert_checkpoint
-from .errors import UserError
+from .errors import Interrupted, UserError
 from .report import SparsityReport, report_checkpoint
 from .training.run import train
 
@@ -163,7 +163,10 @@ def train_tokenizer(files: list[str], folder: Path) -> None:
 
 def _train(config: Path, run: dict, output: Path) -> list[dict]:
     config.write_text(yaml.safe_dump(_RUN | run | {"output_dir": str(output)}, sort_keys=False))
-    return train(str(config)).state.log_history
+    try:
+        return train(str(config)).state.log_history
+    except Interrupted as error:
+        raise Interrupted(error.number, "the quickstart was stopped; it begins anew when it is run again") from error
 
 
 def _losses(history: list[dict], key: str) -> tuple[list[int], list[float]]:

@@ -263,6 +263,16 @@ def test_more_epochs_go_on_after_the_last(run_config, tmp_path):
     assert twice.state.global_step == 2 * once
 
 
+def test_ctrl_c_saves_too(run_config, whole_run, tmp_path):
+    process = start(run_config, tmp_path / "run", "save_steps=100", "max_steps=10000")
+    wait_for(process, lambda: list((tmp_path / "run").glob("runs/*/events*")))
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said[-3000:]
+    (saved,) = complete_checkpoints(tmp_path / "run")
+    assert f"stopped by SIGINT after update {saved.name.rpartition('-')[2]} of 10000" in said.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -272,7 +282,8 @@ def test_more_epochs_go_on_after_the_last(run_config, tmp_path):
         ("streaming=false", "streaming True, and a run with False"),
         ("shuffle_window=11", "shuffle_window was 10"),
         ("global_batch_size=8", "rows_per_update 4, and a run with 8"),
-        ("lora={r: 4}", "lora {}, and a run with {'r': 4}"),
+        ("lora={r: 4}", "model qsparse_llama of"),
+        ("model_fields={num_hidden_layers: 1}", "model qsparse_llama of"),
     ],
 )
 def test_another_run_cannot_go_on(run_config, whole_run, tmp_path, change, said):

@@ -209,7 +209,8 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capfd):
         (["stage=distill"], "stage must be one of pretrain, continue, sft, got 'distill'"),
         (["stage=pretrain"], "stage pretrain needs config"),
         (["lora={rank: 4}"], "lora: .*rank"),
-        (["distill_from=no/such/model"], "distill_from: no/such/model"),
+        (["distill_from=no/such/model"], "distill_from: no/such/model: is no file or folder here"),
+        (["tokenizer=nowhere/tok"], "nowhere/tok: is no file or folder here, and the Hub did not give it: "),
         (["distill_weight=2"], "distill_weight must be above 0 and at most 1, got 2"),
         (["model_fields={sparsity: 2}"], "sparsity must be .*got 2"),
         (["max_steps=0"], "max_steps must be at least 1, or -1"),
@@ -348,6 +349,7 @@ def test_distillation_learns_the_parent(run_config, tmp_path, tiny_checkpoint):
     for accumulation in ("per_device_train_batch_size=4", "per_device_train_batch_size=2"):
         mixed = history("distill_weight=0.25", "global_batch_size=4", accumulation)[0]
         assert mixed["loss"] == pytest.approx(0.75 * plain + 0.25 * mixed["distill_kl"], rel=1e-5)
+        assert mixed["cross_entropy"] == pytest.approx(plain, rel=1e-5)
         assert mixed["distill_kl"] == pytest.approx(alone[0]["distill_kl"], rel=1e-5)
 
     make(dense_config("llama", vocab_size=99)).save_pretrained(tmp_path / "other")

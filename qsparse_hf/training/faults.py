@@ -85,39 +85,42 @@ class _Watched(NamedTuple):
 
 
 class Heartbeat(TrainerCallback):
-    """Once an update: SIGTERM becomes a checkpoint and an end, a loss that is not finite an error, tokens are counted.
+    """Once an update: a signal becomes a checkpoint and an end, a loss that is not finite an error, tokens are counted.
 
     On an accelerator a loss is looked at one update later, when it has long been computed: nothing waits for it.
     Before a checkpoint is written, it and the weights are looked at right away.
 
     Attributes:
-        terminated: whether a process got SIGTERM.
+        stopped_by: SIGTERM or SIGINT, where a process got it and all have stopped.
         stopwatch: measures the speed of training.
     """
 
     def __init__(self) -> None:
-        self.terminated = False
+        self.stopped_by: signal.Signals | None = None
         self.stopwatch = Stopwatch()
-        self._received = False
+        self._received: signal.Signals | None = None
         self._tokens = 0
         self._watched: list[_Watched] = []
         self._group: dist.ProcessGroup | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Around the training: SIGTERM is noted instead of ending the process."""
-        self.terminated = self._received = False
+        """Around the training: SIGTERM and a first SIGINT (Ctrl-C) are noted instead of ending the process."""
+        self.stopped_by = self._received = None
         if threading.current_thread() is not threading.main_thread():  # where Python allows no handler
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._receive)
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: object) -> None:
-        self._received = True
+        if self._received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = signal.Signals(number)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.stopwatch.lap()
@@ -144,14 +147,15 @@ class Heartbeat(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         delay = 0 if args.device.type == "cpu" else 1
         bad = self._bad(state.global_step - delay)
-        received, failed, tokens = self._sum(self._received, bool(bad), self._tokens)
+        received, failed, tokens = self._sum(self._received is not None, bool(bad), self._tokens)
         self._tokens = 0
         state.num_input_tokens_seen += tokens
         self.stopwatch.tokens += tokens
         if failed:
             self._fail(bad, args.output_dir)
         if received:
-            self.terminated = control.should_save = control.should_training_stop = True
+            self.stopped_by = self._received or signal.SIGTERM
+            control.should_save = control.should_training_stop = True
 
     def require_finite(self, model: nn.Module, args: TrainingArguments, update: int) -> None:
         """In all processes: every loss so far and every weight is finite.

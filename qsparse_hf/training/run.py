@@ -18,6 +18,7 @@ from transformers import (
     get_scheduler,
     set_seed,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
@@ -65,6 +66,8 @@ def load_model(arguments: RunArguments, trained: str | None = None) -> PreTraine
     if trained and not arguments.lora_fields:
         arguments = replace(arguments, stage="continue", model=trained, config=None)
     source = arguments.model or arguments.config
+    if (Path(source) / "adapter_config.json").exists():
+        raise UserError(f"{source} holds adapters of another model; merge them into it first (PEFT: merge_and_unload)")
     with user_errors(source):
         config, unknown = AutoConfig.from_pretrained(source, **arguments.fields, return_unused_kwargs=True)
         if unknown:
@@ -92,7 +95,7 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
     Raises:
         UserError: anything in them that cannot be run, before training starts; data that ends, a loss that is not
             finite or a checkpoint that cannot be written, while it runs.
-        Interrupted: SIGTERM came; a checkpoint was saved.
+        Interrupted: SIGTERM or Ctrl-C came; a checkpoint was saved.
     """
     recipe = parse(config, overrides or [])
     arguments = recipe.training
@@ -123,6 +126,8 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
     }
     if finished:
         trainer.state = finished
+        for callback in get_reporting_integration_callbacks(arguments.report_to):  # they log what is trained
+            trainer.remove_callback(callback)
     else:
         _train(trainer, resume)
     try:
@@ -208,6 +213,8 @@ def _checkpoint_to_resume(arguments: QSparseArguments) -> str | None:
     complete = complete_checkpoints(arguments.output_dir)
     checkpoint = arguments.resume_from_checkpoint
     if checkpoint in ("last", "true", "True"):
+        if not complete:
+            logger.warning(f"{arguments.output_dir} holds no complete checkpoint; the run begins at update 0")
         return str(complete[-1]) if complete else None
     if complete and checkpoint is None:
         raise UserError(
@@ -257,6 +264,8 @@ def _train(trainer: Trainer, resume: str | None) -> None:
     finally:
         if bar:
             bar.close()
+    if isinstance(trainer.train_dataset, PackedStream) and trainer.train_dataset.check.skipped:
+        logger.warning(str(trainer.train_dataset.check))
     _check_end(trainer)
     trainer.save_metrics("train", result.metrics)
 
@@ -266,10 +275,12 @@ def _check_end(trainer: Trainer) -> None:
     state, data = trainer.state, trainer.train_dataset
     if state.global_step >= state.max_steps:
         return
-    if trainer.heartbeat.terminated:
+    if stopped_by := trainer.heartbeat.stopped_by:
+        saved = complete_checkpoints(trainer.args.output_dir)[-1]
         raise Interrupted(
-            f"stopped by SIGTERM after update {state.global_step} of {state.max_steps}; "
-            f"{complete_checkpoints(trainer.args.output_dir)[-1]} is saved, resume_from_checkpoint=last goes on from it"
+            stopped_by,
+            f"stopped by {stopped_by.name} after update {state.global_step} of {state.max_steps}; {saved} is saved, "
+            "resume_from_checkpoint=last goes on from it",
         )
     if isinstance(data, PackedStream):
         held = f" of {data.rows:,} sequences" if data.rows is not None else ""

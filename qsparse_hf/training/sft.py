@@ -44,6 +44,9 @@ class QSparseSFTTrainer(QSparseTrainerMixin, SFTTrainer):
 
     arguments_class = QSparseSFTConfig
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes none: TRL's names neither the model it came from nor how a Q-Sparse model is loaded."""
+
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: QSparseSFTConfig) -> None:
     """Give `tokenizer` the template of `chat_template_path`: a Jinja file, or another tokenizer's folder or Hub id."""

@@ -66,6 +66,9 @@ class QSparseArguments:
     report_to: None | str | list[str] = field(  # noqa: RUF036, the command-line parser wants None first
         default="tensorboard", metadata={"help": "Where logs go: tensorboard, wandb and so on, or none."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for weights without a gradient under DDP; dense models have none."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "A loss that is not finite ends the run here instead of being left out."}
     )
@@ -138,7 +141,7 @@ class QSparseTrainerMixin:
     - `tokens_seen`, `tokens_per_second` and, on hardware whose peak is known, `mfu`, all over all processes;
     - `peak_memory_gib` of this process's GPU;
     - `sparsity/<group>`, `sparsity/all` and `activated_parameters`, measured on the first row of the latest batch;
-    - `distill_kl` where there is a parent to learn from, in nats a token;
+    - `distill_kl` and `cross_entropy`, the parts of the loss where there is a parent to learn from, in nats a token;
     - `rows_skipped` of a stream that skips bad rows, as far as it has been read ahead.
 
     Attributes:
@@ -176,6 +179,7 @@ class QSparseTrainerMixin:
             "rows_per_update": args.rows_per_update,
             "seed": args.seed,
             "streaming": stream is not None,
+            "model": f"{model.config.model_type} of {sum(p.numel() for p in self.model.parameters()):,} weights",
         }
         self._restore_rng_from: str | None = None
         self._text_config = model.config.get_text_config()
@@ -184,7 +188,7 @@ class QSparseTrainerMixin:
         self._kl_updates: set[int] = set()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
-        """As in Transformers. SIGTERM saves a checkpoint and ends the training; `heartbeat.terminated` says so."""
+        """As in Transformers. SIGTERM or SIGINT saves a checkpoint and ends it; `heartbeat.stopped_by` says so."""
         folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if folder:
             self._check_checkpoint(folder)
@@ -277,7 +281,7 @@ class QSparseTrainerMixin:
             if isinstance(self.train_dataset, PackedStream) and self.train_dataset.check.skip:
                 logs["rows_skipped"] = self.train_dataset.check.skipped
             if self._teacher is not None:
-                logs |= self._measure_kl()
+                logs |= self._measure_distillation(logs["loss"])
             if self._latest_row is not None:
                 with self.heartbeat.stopwatch.paused():
                     logs |= self._measure_sparsity()
@@ -293,11 +297,12 @@ class QSparseTrainerMixin:
             measured["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**30
         return measured
 
-    def _measure_kl(self) -> dict[str, float]:
+    def _measure_distillation(self, loss: float) -> dict[str, float]:
         kl = self.accelerator.gather(self._kl).mean().item() / len(self._kl_updates)
         self._kl.zero_()
         self._kl_updates.clear()
-        return {"distill_kl": kl}
+        weight = self.args.distill_weight
+        return {"distill_kl": kl} | ({"cross_entropy": (loss - weight * kl) / (1 - weight)} if weight < 1 else {})
 
     def _measure_sparsity(self) -> dict[str, float]:
         row = self._prepare_inputs(self._latest_row)
@@ -319,6 +324,13 @@ class QSparseTrainerMixin:
         else:
             with without_shards(resume_from_checkpoint) as folder:
                 super()._load_from_checkpoint(folder, model)
+
+    def _issue_warnings_after_load(self, load_result: object) -> None:
+        """As in Transformers, but tied weights are not missing."""
+        if self.model.config.get_text_config().tie_word_embeddings:
+            missing = load_result.missing_keys
+            missing[:] = [key for key in missing if not key.endswith("lm_head.weight")]
+        super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_fsdp_enabled or not has_shards(checkpoint):

@@ -13,7 +13,7 @@ REPORT = "training_report.html"
 
 # A panel for each group of logged figures that belong on one scale.
 _PANELS = {
-    "loss (nats a token)": ("loss", "eval_loss", "distill_kl"),
+    "loss (nats a token)": ("loss", "cross_entropy", "distill_kl", "eval_loss"),
     "learning rate": ("learning_rate",),
     "gradient norm": ("grad_norm",),
     "sparsity": tuple(f"sparsity/{group}" for group in (*PROJECTION_GROUPS, "all")),
@@ -23,12 +23,14 @@ _PANELS = {
 _FIGURES = {
     "loss": "{:.4f}",
     "eval_loss": "{:.4f}",
+    "cross_entropy": "{:.4f}",
     "distill_kl": "{:.4f}",
     "tokens_seen": "{:,.0f}",
     "tokens_per_second": "{:,.0f}",
     "mfu": "{:.1%}",
     "sparsity/all": "{:.1%}",
     "activated_parameters": "{:,.0f}",
+    "rows_skipped": "{:,.0f}",
 }
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
