@@ -34,7 +34,7 @@ def user_errors(source: object) -> Iterator[None]:
         raise UserError(f"{source}: {first_line(error.__cause__ or error)}") from error
     except (OSError, ValueError) as error:
         said = first_line(error)
-        if "huggingface.co" in str(error) or "repo" in said.lower():
+        if "huggingface.co" in str(error) or "Repo id" in said:
             said = f"is no file or folder here, and the Hub did not give it: {said}"
         raise UserError(f"{source}: {said}") from error
     except Exception as error:  # a field that Transformers looks up or divides by unchecked

@@ -14,7 +14,7 @@ import torch
 import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import REPOSITORY, sparse_config
+from conftest import REPOSITORY, assert_close, sparse_config
 from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -111,7 +111,7 @@ def assert_same(alone: Path, folder: Path) -> None:
     expected, actual = (load_file(path / "model.safetensors") for path in (alone, folder))
     assert expected.keys() == actual.keys()
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-5)
+        assert_close(actual[name], expected[name])
 
 
 def test_two_processes_train_like_one(alone, together):

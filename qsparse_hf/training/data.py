@@ -20,7 +20,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
-from .sources import RowCheck, Source, cache_sidecar, read_documents, reason
+from .sources import RowCheck, Source, read_documents, reason
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def prepare_on_disk(
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise UserError(f"{', '.join(map(str, sources))}: cannot be prepared: {reason(error)}") from error
-    sidecar = Path(cache_sidecar(dataset))
+    sidecar = Path(dataset.cache_files[0]["filename"]).with_suffix(".rows.json")
     if check.rows:
         sidecar.write_text(json.dumps(check.counts))
     elif sidecar.exists():

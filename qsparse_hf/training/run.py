@@ -166,9 +166,7 @@ def _language_modeller(
     )
 
 
-def _fine_tuner(
-    recipe: Recipe, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
-) -> "QSparseSFTTrainer":  # noqa: F821
+def _fine_tuner(recipe: Recipe, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Trainer:
     from .sft import QSparseSFTTrainer, learnable, read_examples, set_chat_template
 
     data, arguments = recipe.data, recipe.training
@@ -182,12 +180,13 @@ def _fine_tuner(
     trainer = QSparseSFTTrainer(
         model=model, args=arguments, train_dataset=trained, eval_dataset=evaluated, processing_class=tokenizer
     )
-    trainer.train_dataset = _whole_updates(learnable(trainer.train_dataset), arguments, data.repeat_data)
-    if not arguments.packing and len(trainer.train_dataset) < len(trained):
-        short = len(trained) - len(trainer.train_dataset)
+    with arguments.main_process_first(desc="looking for answers"):
+        learnt = learnable(trainer.train_dataset)
+    if not arguments.packing and len(learnt) < len(trained):  # TRL has dropped them without a word
         logger.warning(
-            f"{short:,} of {len(trained):,} examples fill no update or have no answer within sequence_length"
+            f"{len(trained) - len(learnt):,} of {len(trained):,} examples have no answer within sequence_length"
         )
+    trainer.train_dataset = _whole_updates(learnt, arguments, data.repeat_data)
     return trainer
 
 

@@ -7,7 +7,6 @@ wrong with it (`problem`), so that a bad row can be named or counted wherever th
 import csv
 import glob
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -291,7 +290,7 @@ def _document(row: object, columns: dict[str, str], origin: str) -> dict:
 
 def _encodes(value: str | list[dict[str, str]] | None) -> bool:
     try:
-        json.dumps(value, ensure_ascii=False).encode()
+        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -355,8 +354,3 @@ class RowCheck:
 
     def __str__(self) -> str:
         return f"skipped {self.skipped:,} of {self.rows:,} rows; the first: {self.first}"
-
-
-def cache_sidecar(dataset: Dataset) -> str:
-    """A path beside the file that `datasets` keeps `dataset` in, for what goes with it."""
-    return os.path.splitext(dataset.cache_files[0]["filename"])[0] + ".rows.json"

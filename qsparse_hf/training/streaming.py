@@ -13,9 +13,9 @@ import numpy as np
 import torch.utils.data
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import UserError
+from ..errors import UserError, user_errors
 from .data import DataArguments, end_token, pack, require_text, text_batches
-from .sources import RowCheck, Source, read_documents, reason
+from .sources import RowCheck, Source, read_documents
 
 
 class PackedStream(torch.utils.data.IterableDataset):
@@ -89,12 +89,8 @@ class PackedStream(torch.utils.data.IterableDataset):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _fill(self, packed: Iterator[tuple[dict, dict]], number: int) -> list[dict[str, list[int]]]:
-        try:
+        with user_errors("the training data"):  # a library's dataset raises what it likes, in the middle too
             window = list(islice(packed, self.window))
-        except UserError:
-            raise
-        except Exception as error:  # what a library's dataset raises in the middle
-            raise UserError(f"the training data cannot be read: {reason(error)}") from error
         if len(window) == self.window:
             self._begins[number + 1] = window[-1][1]
         elif window:

@@ -63,7 +63,7 @@ def training_flops_per_token(model: nn.Module, sequence_length: int) -> float:
         sequence_length: tokens that attend to each other; 0 leaves attention out.
     """
     config = model.config.get_text_config()
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    experts = number_of_experts(config)
     reached = config.num_experts_per_tok / experts if experts else 1.0
     embedding = model.get_input_embeddings().weight
     tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is embedding
@@ -74,6 +74,11 @@ def training_flops_per_token(model: nn.Module, sequence_length: int) -> float:
         share = reached if ".experts." in name else 1.0
         flops += (6 if parameter.requires_grad else 4) * parameter.numel() * share
     return flops
+
+
+def number_of_experts(config: PreTrainedConfig) -> int:
+    """Experts of a layer; 0 of a dense model."""
+    return getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
 
 
 def attention_flops_per_token(config: PreTrainedConfig, sequence_length: int) -> float:

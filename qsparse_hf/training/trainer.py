@@ -23,7 +23,7 @@ from .faults import Heartbeat, checkpoint_facts, whole_checkpoint
 from .schedule import SparsityRamp
 from .sharding import has_shards, load_sharded_optimizer, without_shards
 from .streaming import PackedStream, StreamProgress
-from .throughput import attention_flops_per_token, peak_flops, training_flops_per_token
+from .throughput import attention_flops_per_token, number_of_experts, peak_flops, training_flops_per_token
 
 logger = logging.get_logger(__name__)
 
@@ -65,9 +65,6 @@ class QSparseArguments:
     )
     report_to: None | str | list[str] = field(  # noqa: RUF036, the command-line parser wants None first
         default="tensorboard", metadata={"help": "Where logs go: tensorboard, wandb and so on, or none."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Look for weights without a gradient under DDP; dense models have none."}
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "A loss that is not finite ends the run here instead of being left out."}
@@ -160,6 +157,9 @@ class QSparseTrainerMixin:
                 f"got {args.dataloader_num_workers}"
             )
         self._teacher = _load_teacher(args, model) if args.distill_from else None
+        self._text_config = model.config.get_text_config()
+        if args.ddp_find_unused_parameters is None:  # experts that no token reached have no gradient
+            args.ddp_find_unused_parameters = number_of_experts(self._text_config) > 0
         super().__init__(model, args, *rest, **kwargs)
         self._latest_row: dict[str, Tensor] | None = None
         self._measures = args.log_sparsity and any(True for _ in projections(self.model))
@@ -182,7 +182,6 @@ class QSparseTrainerMixin:
             "model": f"{model.config.model_type} of {sum(p.numel() for p in self.model.parameters()):,} weights",
         }
         self._restore_rng_from: str | None = None
-        self._text_config = model.config.get_text_config()
         self._weight_flops = training_flops_per_token(self.model, 0)  # before an engine shards them
         self._kl = torch.zeros((), device=args.device)
         self._kl_updates: set[int] = set()
@@ -327,7 +326,7 @@ class QSparseTrainerMixin:
 
     def _issue_warnings_after_load(self, load_result: object) -> None:
         """As in Transformers, but tied weights are not missing."""
-        if self.model.config.get_text_config().tie_word_embeddings:
+        if self._text_config.tie_word_embeddings:
             missing = load_result.missing_keys
             missing[:] = [key for key in missing if not key.endswith("lm_head.weight")]
         super()._issue_warnings_after_load(load_result)
