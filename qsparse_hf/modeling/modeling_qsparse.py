@@ -1,8 +1,9 @@
 """What all Q-Sparse families share: attention and feed-forward whose projections read sparsified inputs.
 
 A dense family's modules are built by its own code and then given a Q-Sparse class, which adds no parameters: state
-dicts stay those of the dense model. The sparsification stands in the parent's forward and the projections remain
-plain `nn.Linear`s, so adapters, quantizers and engines that replace a Linear all see the sparsified input.
+dicts stay those of the dense model. The sparsification stands before the projections, which remain plain `nn.Linear`s,
+so adapters, quantizers and engines that replace a Linear all see the sparsified input: in the norm where that feeds
+nothing else, in the parent's forward otherwise.
 
 B batch, T tokens, D hidden size, H heads, d head size.
 """
@@ -17,12 +18,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from .configuration_qsparse import QSparseConfigMixin
-from .sparsify import Sparsify
+from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify
 
 
-def make_sparsify(config: QSparseConfigMixin, group: str, layer: int) -> Sparsify:
-    """The sparsification of one projection group's input in one layer."""
-    return Sparsify(
+def sparsify_settings(config: QSparseConfigMixin, group: str, layer: int) -> tuple[float, int | None, str, bool]:
+    """What a `Sparsify` is made with, for the input of one projection group in one layer."""
+    return (
         config.projection_sparsity(group, layer),
         config.sparsity_block_size,
         config.sparsity_rescale,
@@ -46,17 +47,19 @@ def _unsharded(model_class: type) -> type:
 
 
 class QSparseAttention:
-    """Attention whose q, k, v share one sparsified input and whose o reads another; mixed into a family's own."""
+    """Attention whose q, k, v read what the norm before them sparsified, and whose o reads another sparsified input.
+
+    Mixed into a family's own.
+    """
 
     sliding_window: int | None = None
 
     def add_sparsify(self, config: QSparseConfigMixin, layer: int) -> None:
-        self.qkv_sparsify = make_sparsify(config, "qkv", layer)
-        self.o_sparsify = make_sparsify(config, "o", layer)
+        self.o_sparsify = Sparsify(*sparsify_settings(config, "o", layer))
 
     def forward(
         self,
-        hidden_states: Tensor,  # [B, T, D]
+        hidden_states: Tensor,  # [B, T, D], sparse
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values=None,
@@ -65,7 +68,6 @@ class QSparseAttention:
         token_shape = hidden_states.shape[:-1]
         head_shape = (*token_shape, -1, self.head_dim)
 
-        hidden_states = self.qkv_sparsify(hidden_states)
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # [B, H, T, d]
         key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
@@ -91,16 +93,13 @@ class QSparseAttention:
 
 
 class QSparseMLP:
-    """Gated feed-forward whose gate and up share one sparsified input and whose down reads another."""
+    """Gated feed-forward: gate and up read what the norm before them sparsified, down another sparsified input."""
 
     def add_sparsify(self, config: QSparseConfigMixin, layer: int) -> None:
-        self.gate_up_sparsify = make_sparsify(config, "gate_up", layer)
-        self.down_sparsify = make_sparsify(config, "down", layer)
+        self.down_sparsify = GLUSparsify(*sparsify_settings(config, "down", layer))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, D]
-        x = self.gate_up_sparsify(x)
-        x = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(self.down_sparsify(x))
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, D], sparse
+        return self.down_proj(self.down_sparsify(self.gate_proj(x), self.up_proj(x), self.act_fn))
 
 
 class QSparsePreTrainedModel:
@@ -142,6 +141,10 @@ class QSparseModel(QSparsePreTrainedModel):
             layer.mlp.__class__ = self.mlp_class
             layer.self_attn.add_sparsify(config, index)
             layer.mlp.add_sparsify(config, index)
+            # A norm feeds nothing but the projections behind it: it may as well select.
+            for norm, group in ((layer.input_layernorm, "qkv"), (layer.post_attention_layernorm, "gate_up")):
+                norm.__class__ = RMSNormSparsify
+                norm.configure(*sparsify_settings(config, group, index))
 
 
 class QSparseForCausalLM(QSparsePreTrainedModel):

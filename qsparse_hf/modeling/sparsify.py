@@ -3,13 +3,26 @@
 One selection rule holds for every implementation, bit for bit: of each token's `D` features exactly
 `kept_features(D, S)` survive, largest magnitude first, lowest index first among equals, and NaN counts as largest.
 
+The operator also comes behind what produces its input in a decoder, an RMSNorm or a gated activation, so that a kernel
+can do both in one pass.
+
 Shapes: D features of a token, M features of a block, K features kept.
 """
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import GELUActivation, GELUTanh, ReLUSquaredActivation, SiLUActivation
+from transformers.utils import is_triton_available
+
+from .backend import choose
 from .sparsity import check_block_size, check_rescale, check_sparsity, kept_features
+
+if is_triton_available():
+    from .sparsify_triton import Kernels
 
 # Floats of one width order like the integers with the same bits once the sign is dropped: that integer type, and the
 # bits of infinity.
@@ -18,6 +31,24 @@ _BITS = {
     torch.bfloat16: (torch.int16, 0x7F80),
     torch.float32: (torch.int32, 0x7F800000),
     torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),  # eq. 11
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+"""Activations of a gated feed-forward that `glu_sparsify` takes, by Transformers' names."""
+
+_NAME_OF = {
+    SiLUActivation: "silu",
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+    ReLUSquaredActivation: "relu2",
+    GELUActivation: "gelu",
+    GELUTanh: "gelu_pytorch_tanh",
 }
 
 
@@ -42,10 +73,6 @@ def _mask_by_threshold(x: Tensor, kept: int) -> Tensor:
     return above | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= wanted))
 
 
-IMPLS = {"torch": _mask_by_threshold, "reference": _mask_by_sort}
-"""Implementations by name, the default first: `impl(x [..., D], kept)` is the bool mask [..., D] of what survives."""
-
-
 class _StraightThrough(torch.autograd.Function):
     """`x * mask` whose gradient ignores the mask: `dL/dx = dL/dy` (eq. 13). Saves nothing for backward."""
 
@@ -63,13 +90,89 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _divide_by_l2_norm(x: Tensor) -> Tensor:
-    """`x / ||x||_2` over the last dimension, computed in at least fp32; a row of zeros stays zero."""
+    """`x / ||x||_2` over the last dimension, computed in at least fp32; a row whose norm is 0 or NaN stays as it is."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # Neither value nor gradient depends on a constant factor; with 1 the largest entry, no square over- or underflows.
     largest = wide.detach().abs().amax(dim=-1, keepdim=True)
-    wide = wide / torch.where(largest > 0, largest, 1)
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return (wide / torch.where(norm > 0, norm, 1)).to(x.dtype)
+    scaled = wide / torch.where(largest > 0, largest, 1)
+    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    known = norm > 0
+    return (torch.where(known, scaled, wide) / torch.where(known, norm, 1)).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation over the last dimension, rounded where Transformers' Llama rounds."""
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`activation(gate) * up`."""
+    return ACTIVATIONS[activation](gate) * up
+
+
+class Composed:
+    """The operator from PyTorch's parts around a way to select."""
+
+    def __init__(self, select: Callable[[Tensor, int], Tensor]) -> None:
+        self.select = select
+
+    def refuses(self, x: Tensor, asked: bool) -> str | None:
+        return None
+
+    def mask(self, x: Tensor, kept: int, block_size: int | None) -> Tensor:
+        blocks = x if block_size is None else x.unflatten(-1, (-1, block_size))
+        with torch.no_grad():
+            return self.select(blocks, kept).reshape(x.shape)
+
+    def topk(self, x: Tensor, kept: int, block_size: int | None, rescale: bool) -> Tensor:
+        y = _StraightThrough.apply(x, self.mask(x, kept, block_size))
+        return _divide_by_l2_norm(y) if rescale else y
+
+    def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, *settings) -> Tensor:
+        return self.topk(rms_norm(x, weight, eps), *settings)
+
+    def glu_topk(self, gate: Tensor, up: Tensor, activation: str, *settings) -> Tensor:
+        return self.topk(gated(gate, up, activation), *settings)
+
+
+IMPLS = {"torch": Composed(_mask_by_threshold), "reference": Composed(_mask_by_sort)}
+"""Implementations by name, the preferred first. Each has `mask(x, kept, block_size)`, the bool mask of what survives,
+and with the straight-through estimator `topk`, `rms_norm_topk` and `glu_topk`."""
+
+if is_triton_available():
+    IMPLS = {"triton": Kernels(), **IMPLS}
+
+
+def _sparsify(
+    form: str,
+    dense: Callable[..., Tensor],
+    inputs: tuple,
+    sparsity: float,
+    block_size: int | None,
+    rescale: str,
+    ste: bool,
+    backend: str | None,
+) -> Tensor:
+    """The top-K of `dense(*inputs)`, which the method `form` of an implementation computes in one go."""
+    x = inputs[0]
+    check_sparsity(sparsity)
+    check_rescale(rescale)
+    if x.dtype not in _BITS:
+        raise TypeError(f"x must be one of {', '.join(map(str, _BITS))}, got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have a last dimension of at least one feature, got shape {tuple(x.shape)}")
+    check_block_size(block_size, x.shape[-1])
+    implementation = choose(IMPLS, x, backend)
+    if sparsity == 0:
+        return dense(*inputs)
+    kept = kept_features(block_size or x.shape[-1], sparsity)
+    if ste:
+        return getattr(implementation, form)(*inputs, kept, block_size, rescale == "l2")
+    x = dense(*inputs)
+    y = torch.where(implementation.mask(x, kept, block_size), x, 0)
+    return _divide_by_l2_norm(y) if rescale == "l2" else y
 
 
 def topk_sparsify(
@@ -88,48 +191,125 @@ def topk_sparsify(
         block_size: None, or `M`: the top-K is taken inside each `M` consecutive features (Block Q-Sparse, N:M).
         rescale: `"l2"` divides each token by the L2 norm of what survived; its gradient is exact.
         ste: the mask is the identity in the backward pass (eq. 13). False masks the gradient too (eq. 12).
-        backend: None for the default, or a name in `IMPLS`.
+        backend: None for the first in `IMPLS` that takes `x`, or a name there.
 
     Returns:
         A tensor of `x`'s shape and dtype (`x` itself at sparsity 0).
 
     Raises:
-        ValueError: an argument outside these ranges, or `x` without a feature dimension.
+        ValueError: an argument outside these ranges, `x` without a feature dimension, a named backend that cannot run.
         TypeError: `x` is not of one of these dtypes.
     """
-    check_sparsity(sparsity)
-    check_rescale(rescale)
-    if backend is not None and backend not in IMPLS:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, IMPLS))}, got {backend!r}")
-    if x.dtype not in _BITS:
-        raise TypeError(f"x must be one of {', '.join(map(str, _BITS))}, got {x.dtype}")
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must have a last dimension of at least one feature, got shape {tuple(x.shape)}")
-    check_block_size(block_size, x.shape[-1])
-    if sparsity == 0:
-        return x
+    return _sparsify("topk", lambda x: x, (x,), sparsity, block_size, rescale, ste, backend)
 
-    blocks = x if block_size is None else x.unflatten(-1, (-1, block_size))
-    with torch.no_grad():
-        mask = IMPLS[backend or next(iter(IMPLS))](blocks, kept_features(blocks.shape[-1], sparsity)).reshape(x.shape)
-    y = _StraightThrough.apply(x, mask) if ste else torch.where(mask, x, 0)
-    return _divide_by_l2_norm(y) if rescale == "l2" else y
+
+def rms_norm_sparsify(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    sparsity: float,
+    block_size: int | None = None,
+    rescale: str = "none",
+    ste: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """`topk_sparsify` of the root-mean-square norm of `x`: `x / sqrt(mean(x^2) + eps) * weight`, computed in fp32.
+
+    Args:
+        x: `[..., D]`, as `topk_sparsify` takes it.
+        weight: `[D]`, the norm's gain.
+        eps: added to the mean square.
+
+    Returns:
+        `[..., D]` of the dtype that `x` and `weight` promote to; at sparsity 0 the dense norm.
+
+    The others, and what is raised: see `topk_sparsify`.
+    """
+    return _sparsify("rms_norm_topk", rms_norm, (x, weight, eps), sparsity, block_size, rescale, ste, backend)
+
+
+def glu_sparsify(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    sparsity: float,
+    block_size: int | None = None,
+    rescale: str = "none",
+    ste: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """`topk_sparsify` of `activation(gate) * up` (eq. 11 with `"relu2"`), both `[..., D]` of one dtype.
+
+    Args:
+        activation: a name in `ACTIVATIONS`.
+
+    Returns:
+        `[..., D]` of their dtype; at sparsity 0 the dense product.
+
+    Raises:
+        ValueError: also for an unknown activation, or for two shapes or dtypes.
+
+    The others: see `topk_sparsify`.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
+    if (gate.shape, gate.dtype) != (up.shape, up.dtype):
+        raise ValueError(
+            f"gate and up must be alike, got {gate.dtype} {tuple(gate.shape)} and {up.dtype} {tuple(up.shape)}"
+        )
+    return _sparsify("glu_topk", gated, (gate, up, activation), sparsity, block_size, rescale, ste, backend)
 
 
 class Sparsify(nn.Module):
     """`topk_sparsify` with its settings, as a child without parameters: it shows in `print(model)` and takes hooks."""
 
-    def __init__(self, sparsity: float, block_size: int | None, rescale: str, ste: bool) -> None:
+    def __init__(self, *settings) -> None:
         super().__init__()
+        self.configure(*settings)
+
+    def configure(self, sparsity: float, block_size: int | None, rescale: str, ste: bool) -> None:
         self.sparsity = sparsity
         self.block_size = block_size
         self.rescale = rescale
         self.ste = ste
         self.factor = 1.0  # below 1 while training ramps the sparsity up
 
+    @property
+    def settings(self) -> tuple[float, int | None, str, bool]:
+        return self.sparsity * self.factor, self.block_size, self.rescale, self.ste
+
     def forward(self, x: Tensor) -> Tensor:
-        return topk_sparsify(x, self.sparsity * self.factor, self.block_size, self.rescale, self.ste)
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+            # Attention saves its output for its own backward. Selecting from it again there costs less than a second
+            # tensor; an uncompiled model cannot be told so from here.
+            return checkpoint(topk_sparsify, x, *self.settings, use_reentrant=False, preserve_rng_state=False)
+        return topk_sparsify(x, *self.settings)
 
     def extra_repr(self) -> str:
-        sparsity = self.sparsity * self.factor
-        return f"sparsity={sparsity:g}, block_size={self.block_size}, rescale={self.rescale!r}, ste={self.ste}"
+        sparsity, block_size, rescale, ste = self.settings
+        return f"sparsity={sparsity:g}, block_size={block_size}, rescale={rescale!r}, ste={ste}"
+
+
+class RMSNormSparsify(Sparsify):
+    """An RMSNorm and the sparsification of its output, in one pass: the class that a decoder's norms take on.
+
+    Not called an RMSNorm, and none by inheritance: serving engines and kernel hubs replace what they take for one.
+    """
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm_sparsify(x, self.weight, self.variance_epsilon, *self.settings)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}, {super().extra_repr()}"
+
+
+class GLUSparsify(Sparsify):
+    """A gated activation and the sparsification of its output, in one pass for the activations in `ACTIVATIONS`."""
+
+    def forward(self, gate: Tensor, up: Tensor, activation: nn.Module) -> Tensor:
+        if name := _NAME_OF.get(type(activation)):
+            return glu_sparsify(gate, up, name, *self.settings)
+        return topk_sparsify(activation(gate) * up, *self.settings)

@@ -1,0 +1,60 @@
+"""What the benchmarks share: interleaved timing on a GPU, medians, tables."""
+
+import json
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+
+
+def captured(function: Callable[[], object], repeats: int) -> Callable[[], None]:
+    """`repeats` calls as one CUDA graph, so that small kernels are not timed with their launches."""
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            function()
+    return lambda: graph.replay() or function  # keeps what the graph reads alive
+
+
+def interleaved(functions: dict[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+    """Microseconds a call of each function, one of each in every round; each call is `repeats` of what is measured."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) * 1000 / repeats)
+    return times
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def print_table(heading: list[str], rows: list[list[object]]) -> None:
+    """A Markdown table."""
+    print("| " + " | ".join(heading) + " |")
+    print("|" + "---|" * len(heading))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
+def write_json(path: Path, results: object) -> None:
+    """The results and what they were measured on."""
+    machine = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+    }
+    path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))

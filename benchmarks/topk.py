@@ -1,0 +1,103 @@
+"""The exact top-K against a copy of the tensor, `torch.topk`, and `torch.compile`; alone, in blocks, and fused.
+
+    python benchmarks/topk.py --output topk.json
+    python benchmarks/topk.py --features 4096 --dtype float32
+
+Every row is one GPU time: the median over interleaved rounds of a CUDA graph's replays, and its ratio to the floor. That
+of a top-K is a copy of the tensor; that of a fused form is what it is fused with, compiled, without a top-K.
+`torch.topk` is the implementation called "torch": `torch.topk`, a mask, and the order among equals.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measure import captured, interleaved, medians, print_table, write_json
+from torch import Tensor
+from tqdm import tqdm
+
+from qsparse_hf.modeling.sparsify import gated, glu_sparsify, rms_norm, rms_norm_sparsify, topk_sparsify
+
+REPEATS = 4
+
+
+def forms(x: Tensor, block_sizes: list[int], sparsity: float) -> dict[str, dict[str, Callable[[], object]]]:
+    """What is compared, by form: the floor first, ours second."""
+    y, weight = torch.empty_like(x), torch.randn_like(x[0])
+    up = torch.randn_like(x)
+
+    def compiled(function: Callable, *inputs: object) -> Callable[[], object]:
+        run = torch.compile(function, dynamic=False)
+        return lambda: run(*inputs)
+
+    def copy() -> Tensor:
+        return y.copy_(x)
+
+    plain = {
+        "copy": copy,
+        "ours": lambda: topk_sparsify(x, sparsity),
+        "torch.topk": lambda: topk_sparsify(x, sparsity, backend="torch"),
+        "compiled torch.topk": compiled(lambda x: topk_sparsify(x, sparsity, backend="torch"), x),
+    }
+    blocks = {
+        f"top-K in blocks of {size}": {
+            "copy": copy,
+            "ours": lambda size=size: topk_sparsify(x, sparsity, size),
+            "torch.topk": lambda size=size: topk_sparsify(x, sparsity, size, backend="torch"),
+        }
+        for size in block_sizes
+    }
+    return {
+        "top-K": plain,
+        **blocks,
+        "top-K, L2 rescale": {"copy": copy, "ours": lambda: topk_sparsify(x, sparsity, rescale="l2")},
+        "RMSNorm + top-K": {
+            "compiled RMSNorm": compiled(lambda x, weight: rms_norm(x, weight, 1e-5), x, weight),
+            "ours": lambda: rms_norm_sparsify(x, weight, 1e-5, sparsity),
+            "copy": copy,
+        },
+        "SiLU(gate) * up + top-K": {
+            "compiled SiLU(gate) * up": compiled(lambda x, up: gated(x, up, "silu"), x, up),
+            "ours": lambda: glu_sparsify(x, up, "silu", sparsity),
+            "copy": copy,
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--features", type=int, nargs="+", default=[2048, 4096, 11008, 14336], metavar="D")
+    parser.add_argument("--block-sizes", type=int, nargs="*", default=[4, 8, 16, 32, 64, 128], metavar="M")
+    parser.add_argument(
+        "--block-features", type=int, nargs="*", default=[4096], metavar="D", help="where blocks are timed"
+    )
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, default=Path("topk.json"), help="raw times in microseconds")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("these kernels are timed on a GPU, and there is none")
+
+    results, rows = [], []
+    for features in tqdm(arguments.features, desc="features"):
+        torch.manual_seed(0)
+        x = torch.randn(arguments.tokens, features, device="cuda", dtype=getattr(torch, arguments.dtype))
+        sizes = [size for size in arguments.block_sizes if features in arguments.block_features or size == 32]
+        for form, functions in forms(x, sizes, arguments.sparsity).items():
+            graphs = {name: captured(function, REPEATS) for name, function in functions.items()}
+            times = interleaved(graphs, arguments.rounds, REPEATS)
+            results.append({"form": form, "features": features, "microseconds": times})
+            median = medians(times)
+            floor = next(iter(median.values()))
+            for name, value in median.items():
+                rows.append([form, features, name, f"{value:.1f}", f"{value / floor:.2f}"])
+            del graphs, functions
+    print_table(["form", "D", "what", "us", "of the floor"], rows)
+    write_json(arguments.output, results)
+
+
+if __name__ == "__main__":
+    main()

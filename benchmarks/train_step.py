@@ -1,0 +1,122 @@
+"""A training step of dense and Q-Sparse Llamas: time, tokens a second, peak memory; eager and compiled.
+
+    python benchmarks/train_step.py --output train_step.json
+    python benchmarks/train_step.py --models 7b --modes compiled
+
+A step is forward, backward and a fused AdamW update in bf16, on 8 x 2048 random tokens. The models are slices: a few
+layers as wide as a 1.3B or a 7B Llama. Three variants share one set of weights and are timed in turns: the dense model,
+the Q-Sparse model on `torch.topk`, and on our kernels. Peak memory is a step's own, weights and optimizer included.
+"""
+
+import argparse
+import gc
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+from measure import interleaved, medians, print_table, write_json
+from torch import nn
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qsparse_hf import QSparseLlamaConfig, QSparseLlamaForCausalLM
+from qsparse_hf.modeling import sparsify
+
+SLICES = {
+    "1.3b": {"hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 32, "num_hidden_layers": 8},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 4},
+}
+BACKENDS = {"dense": "triton", "torch.topk": "torch", "ours": "triton"}
+BATCH, LENGTH = 8, 2048
+
+
+class Step:
+    """One variant's training step."""
+
+    def __init__(self, variant: str, model: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool) -> None:
+        self.implementations = {BACKENDS[variant]: sparsify.IMPLS[BACKENDS[variant]]}
+        self.run = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+        self.optimizer = optimizer
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        with mock.patch.object(sparsify, "IMPLS", self.implementations):
+            loss = self.run(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def peak(self, tokens: torch.Tensor) -> float:
+        """GiB that a step needs."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self(tokens)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**30
+
+
+def build(name: str, sparsity: float) -> tuple[dict[str, nn.Module], torch.optim.Optimizer]:
+    """The three variants over the same parameters, and their optimizer."""
+    fields = SLICES[name] | {"vocab_size": 32000, "max_position_embeddings": LENGTH}
+    with torch.device("cuda"):
+        torch.manual_seed(0)
+        dense = LlamaForCausalLM(LlamaConfig(**fields)).to(torch.bfloat16).train()
+    models = {"dense": dense}
+    for variant in ("torch.topk", "ours"):
+        with torch.device("meta"):
+            model = QSparseLlamaForCausalLM(QSparseLlamaConfig(**fields, sparsity=sparsity))
+        model.load_state_dict(dict(dense.named_parameters()), assign=True)
+        model.model.rotary_emb = dense.model.rotary_emb  # its frequencies are no parameters
+        models[variant] = model.train()
+    return models, torch.optim.AdamW(dense.parameters(), lr=1e-5, fused=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SLICES, default=list(SLICES))
+    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--output", type=Path, default=Path("train_step.json"), help="raw times in microseconds")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("training steps are timed on a GPU, and there is none")
+
+    results, rows = [], []
+    for name in arguments.models:
+        models, optimizer = build(name, arguments.sparsity)
+        tokens = torch.randint(0, 32000, (BATCH, LENGTH), device="cuda")
+        for mode in arguments.modes:
+            steps = {variant: Step(variant, model, optimizer, mode == "compiled") for variant, model in models.items()}
+            for step in tqdm(steps.values(), desc=f"{name} {mode}"):
+                step(tokens)  # compiles
+            calls = {variant: partial(step, tokens) for variant, step in steps.items()}
+            times = interleaved(calls, arguments.rounds)
+            gc.collect()
+            peaks = {variant: step.peak(tokens) for variant, step in steps.items()}
+            results.append({"model": name, "mode": mode, "microseconds": times, "peak_gib": peaks})
+            median = medians(times)
+            for variant, value in median.items():
+                rows.append(
+                    [
+                        name,
+                        mode,
+                        variant,
+                        f"{value / 1000:.1f}",
+                        f"{value / median['dense']:.3f}",
+                        f"{BATCH * LENGTH / value * 1e6:,.0f}",
+                        f"{peaks[variant]:.2f}",
+                        f"{peaks[variant] / peaks['dense']:.3f}",
+                    ]
+                )
+            write_json(arguments.output, results)
+        del models, optimizer, steps, calls
+        gc.collect()
+        torch.cuda.empty_cache()
+    heading = ["slice", "mode", "variant", "ms", "of dense", "tokens/s", "peak GiB", "of dense"]
+    print_table(heading, rows)
+
+
+if __name__ == "__main__":
+    main()
