@@ -3,9 +3,9 @@
     python benchmarks/topk.py --output topk.json
     python benchmarks/topk.py --features 4096 --dtype float32
 
-Every row is one GPU time: the median over interleaved rounds of a CUDA graph's replays, and its ratio to the floor. That
-of a top-K is a copy of the tensor; that of a fused form is what it is fused with, compiled, without a top-K.
-`torch.topk` is the implementation called "torch": `torch.topk`, a mask, and the order among equals.
+Every row is one GPU time: the median over interleaved rounds of a CUDA graph's replays, and its ratio to the floor: for
+a top-K a copy of the tensor, for a fused form what it is fused with, compiled, without a top-K. `torch.topk` is the
+implementation called "torch": `torch.topk`, a mask, and the order among equals.
 """
 
 import argparse

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are: they then run on a CPU, slowly
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -24,6 +28,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import qsparse_hf
+from qsparse_hf.modeling.sparsify import IMPLS
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -49,6 +54,14 @@ FAMILIES = {
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     ),
 }
+
+# Every implementation with every device it can be asked to run on here.
+BACKENDS = [
+    pytest.param(device, name, id=f"{name}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
+    for name in IMPLS
+    for device in ("cpu", "cuda")
+    if not (name == "triton" and device == "cpu" and torch.cuda.is_available())
+]
 
 # Relative to the largest magnitude of what is expected: a few units in the last place over a handful of layers.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}

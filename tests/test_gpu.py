@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import assert_close, make, make_pair, sparse_config
+from conftest import assert_close, dense_config, make, make_pair, sparse_config
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from qsparse_hf import topk_sparsify
 from qsparse_hf.errors import UserError
-from qsparse_hf.modeling.sparsify import IMPLS
+from qsparse_hf.modeling.sparsify import IMPLS, glu_sparsify, rms_norm_sparsify
 from qsparse_hf.training import QSparseTrainer, QSparseTrainingArguments
 
 pytestmark = pytest.mark.gpu
@@ -18,20 +18,46 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("features", [4096, 11008])
 def test_implementations_agree_at_size(features, dtype):
     x = torch.randn(64, features, device="cuda", dtype=dtype)
-    masks = [impl(x, features // 2) for impl in IMPLS.values()]
+    masks = [implementation.mask(x, features // 2, None) for implementation in IMPLS.values()]
     assert all(torch.equal(mask, masks[0]) for mask in masks[1:])
-    assert torch.equal(masks[0].cpu(), IMPLS["reference"](x.cpu(), features // 2))
+    assert torch.equal(masks[0].cpu(), IMPLS["reference"].mask(x.cpu(), features // 2, None))
 
 
-def test_the_operator_can_be_captured_in_a_cuda_graph():
-    x = torch.randn(8, 1024, device="cuda", dtype=torch.bfloat16)
-    topk_sparsify(x, 0.5)
+def test_the_kernels_run_unasked_and_in_a_cuda_graph():
+    x, gain = torch.randn(8, 1024, device="cuda", dtype=torch.bfloat16), torch.randn(1024, device="cuda").bfloat16()
+
+    def function() -> torch.Tensor:
+        y = rms_norm_sparsify(x, gain, 1e-5, 0.5)
+        return topk_sparsify(glu_sparsify(y, x, "silu", 0.25), 0.5, 32)
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+    assert sum("_sparsify_kernel" in event.key for event in profile.key_averages()) == 3
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # fails on any host synchronisation
-        y = topk_sparsify(x, 0.5)
+        y = function()
     x.normal_()
     graph.replay()
-    assert torch.equal(y, topk_sparsify(x, 0.5))
+    assert torch.equal(y, function())
+
+
+@pytest.mark.parametrize("compile_it", [False, True])
+def test_activation_memory_is_at_the_dense_level(compile_it):
+    """What a forward pass keeps for backward: selecting adds nothing to a compiled model, and an eager one keeps less."""
+    fields = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "vocab_size": 128}
+    kept = []
+    for config in (dense_config("llama", **fields), sparse_config("llama", **fields)):
+        model = make(config, dtype=torch.bfloat16).cuda().train()
+        run = torch.compile(model, fullgraph=True) if compile_it else model
+        tokens = torch.randint(3, 128, (8, 1024), device="cuda")
+        for _ in range(2):
+            before = torch.cuda.memory_allocated()
+            loss = run(tokens, labels=tokens, use_cache=False).loss
+            during = torch.cuda.memory_allocated() - before
+            loss.backward()
+            model.zero_grad()
+        kept.append(during)
+    assert kept[1] <= 1.01 * kept[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

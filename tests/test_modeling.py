@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qsparse_hf
 from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
+from qsparse_hf.modeling.sparsify import IMPLS
 from qsparse_hf.modeling.sparsity import kept_features
 from qsparse_hf.report import projections
 
@@ -425,3 +426,38 @@ def test_the_readme_example_runs(tiny_checkpoint, tmp_path, tiny_tokenizer):
     example = example.replace("quickstart/dense", str(tmp_path / "dense"))
     example = example.replace("runs/my-sparse-model", str(tmp_path / "sparse"))
     assert "def main(" in run_python(example).stdout
+
+
+def test_a_model_computes_the_same_on_the_kernels(family, tokens, monkeypatch):
+    """Through Triton's interpreter where there is no GPU."""
+    results = []
+    for unasked in ("torch", "triton"):
+        if unasked == "triton":
+            monkeypatch.setattr(IMPLS["triton"], "refuses", lambda x, asked: None)
+        model = make(sparse_config(family, sparsity_block_size=32)).train()
+        output = model(tokens, labels=tokens)
+        output.loss.backward()
+        results.append([output.logits, *(parameter.grad for parameter in model.parameters())])
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("activation", [torch.nn.ReLU(), torch.nn.Tanh()])
+def test_another_activation_is_not_overlooked(activation, tokens):
+    dense, sparse = make_pair("llama", sparsity=0)
+    for model in (dense, sparse):
+        model.model.layers[0].mlp.act_fn = activation
+    assert torch.equal(sparse(tokens).logits, dense(tokens).logits)
+    sparse.model.layers[0].mlp.down_sparsify.sparsity = 0.75
+    seen = []
+    sparse.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    sparse(tokens)
+    assert ((seen[0] != 0).sum(-1) <= 24).all()  # of 96
+
+
+def test_nothing_that_sparsifies_passes_for_a_plain_norm():
+    """Engines and kernel hubs replace norms that they know by name or by an attribute of the class."""
+    model = make(sparse_config("llama"))
+    norms = [layer.input_layernorm for layer in model.model.layers]
+    assert not any(type(norm).__name__.endswith("RMSNorm") or hasattr(norm, "kernel_layer_name") for norm in norms)
+    assert "sparsity=0.5" in str(norms[0])

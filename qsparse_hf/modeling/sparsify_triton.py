@@ -3,8 +3,8 @@
 The selection is a radix search over bit planes. A word stands for 32 features: their bits are transposed, so that one
 word holds the highest magnitude bit of all 32, the next word the second, and so on. Counting the candidates that have a
 bit is then a population count, and dropping those without it one logical operation for 32 features. Ties are broken by
-going on with the bits of the index, zeros first. Nothing is sorted, no threshold is guessed, and the cost does not depend
-on the data.
+going on with the bits of the index, zeros first. Nothing is sorted, no threshold is guessed, and the cost does not
+depend on the data.
 
 Shapes: D features of a token, M features of a block, K kept. A tile is `[words]` = tokens x units x words of a unit,
 where a unit is what one selection ranks: a token, a block, or for M < 32 a word with `fields` = 32 / M blocks.
@@ -59,45 +59,49 @@ def _join(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _planes(chunks):
-    """Bit planes `[W]`, lowest first, of `32 / C` chunks `[W, C]` of floats, which are the features of `W` words.
+def _matrix(chunks):
+    """`32 / C` chunks `[W, C]` of floats, which are `W` words' features, as bits: `[W, 16]` pairs or `[W, 32]` singles.
 
-    In a plane feature `k` of a word stands at bit `k // 2 + 16 * (k % 2)`: neighbours share 2 x 16 bits of a register.
+    Pair `m` has features `2 m` and `2 m + 1` in its halves; single features come with the even ones first. Transposed,
+    either has feature `k` at bit `k // 2 + 16 * (k % 2)`.
     """
     W: tl.constexpr = chunks[0].shape[0]
     if chunks[0].dtype.primitive_bitwidth == 16:
         matrix = tl.reshape(_join(chunks, 0, 4), [W, 4, 2, 2, 2]).to(tl.uint16, bitcast=True)
         even, odd = tl.split(tl.permute(matrix, 0, 4, 3, 1, 2))  # W, the chunk's bits, pair
-        return _transpose_bits(tl.reshape(even.to(tl.uint32) | (odd.to(tl.uint32) << 16), [W, 16]), 8)
+        return tl.reshape(even.to(tl.uint32) | (odd.to(tl.uint32) << 16), [W, 16])
     else:
         matrix = tl.reshape(_join(chunks, 0, 8), [W, 2, 2, 2, 2, 2]).to(tl.uint32, bitcast=True)
-        return _transpose_bits(tl.reshape(tl.permute(matrix, 0, 2, 5, 4, 3, 1), [W, 32]), 16)
+        return tl.reshape(tl.permute(matrix, 0, 2, 5, 4, 3, 1), [W, 32])
 
 
 @triton.jit
-def _stack(words, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT words `[W]` of a tuple, from FIRST on, as `[W, COUNT]`."""
+def _split(matrix):
+    """`[W, C, COUNT]` as a tuple of COUNT tensors `[W, C]`."""
+    W: tl.constexpr = matrix.shape[0]
+    C: tl.constexpr = matrix.shape[1]
+    COUNT: tl.constexpr = matrix.shape[2]
+    low, high = tl.split(tl.permute(tl.reshape(matrix, [W, C, 2, COUNT // 2]), 0, 1, 3, 2))
     if COUNT == 2:
-        return tl.join(words[FIRST], words[FIRST + 1])
+        return (tl.reshape(low, [W, C]), tl.reshape(high, [W, C]))
     else:
-        pair = tl.join(_stack(words, FIRST, COUNT // 2), _stack(words, FIRST + COUNT // 2, COUNT // 2))
-        return tl.reshape(tl.permute(pair, 0, 2, 1), [words[0].shape[0], COUNT])
+        return _split(low) + _split(high)
 
 
 @triton.jit
-def _survivors(planes, kept, C: tl.constexpr, DTYPE: tl.constexpr):
-    """The chunks `[W, C]` that `_planes` was given, zero where a feature is not kept."""
-    BITS: tl.constexpr = len(planes)
-    words = _transpose_bits(_stack(planes, 0, BITS) & kept[:, None], BITS // 2)
-    chunks = ()
-    for j in tl.static_range(32 // C):
-        even = _stack(words, C // 2 * j, C // 2)
-        if BITS == 16:
-            chunk = tl.join(even.to(tl.uint16), (even >> 16).to(tl.uint16))
-        else:
-            chunk = tl.join(even, _stack(words, 16 + C // 2 * j, C // 2))
-        chunks = chunks + (tl.reshape(chunk, [kept.shape[0], C]).to(DTYPE, bitcast=True),)
-    return chunks
+def _survivors(matrix, kept, DTYPE: tl.constexpr):
+    """The chunks that `_matrix` was given, zero where a feature is not kept."""
+    W: tl.constexpr = matrix.shape[0]
+    if DTYPE.primitive_bitwidth == 16:
+        bits = (kept[:, None] >> tl.arange(0, 16).to(tl.uint32)[None, :]) & 0x00010001
+        matrix = matrix & (bits * 0xFFFF)
+        pairs = tl.join(matrix.to(tl.uint16), (matrix >> 16).to(tl.uint16))  # W, pair, odd
+        chunks = tl.permute(tl.reshape(pairs, [W, 4, 8]), 0, 2, 1)
+    else:
+        bits = (kept[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
+        matrix = matrix & (bits * 0xFFFFFFFF)
+        chunks = tl.reshape(tl.permute(tl.reshape(matrix, [W, 2, 8, 2]), 0, 3, 1, 2), [W, 4, 8])
+    return _split(chunks.to(DTYPE, bitcast=True))
 
 
 @triton.jit
@@ -217,7 +221,11 @@ def _sparsify_kernel(
     PRODUCER: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
-    """One tile: produce, select, store. The producer is the input itself, a norm of it, or an activation's name."""
+    """One tile: produce, select, finish, store.
+
+    The producer is "none", "rms_norm" or the activation of a GLU. The epilogue is "none", "l2" or "mask"; it sees all
+    survivors of a token, as a quantization would want to.
+    """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     VALUE: tl.constexpr = x_ptr.dtype.element_ty if EPILOGUE == "mask" else DTYPE
     MANTISSA: tl.constexpr = 23 if VALUE == tl.float32 else (10 if VALUE == tl.float16 else 7)
@@ -230,44 +238,41 @@ def _sparsify_kernel(
     # Chunk j of a unit's word w is C features from (j * Q + w) * C on: a thread reads 16 bytes, its neighbour reads on.
     C: tl.constexpr = 128 // VALUE.primitive_bitwidth
     Q: tl.constexpr = (UNIT + 31) // 32
-    first = word % WORDS * C
-    i = tl.arange(0, C)
     inside = (token < tokens) & (word % WORDS < Q) & (unit * UNIT < D)
+    first_of_token = (word % (UNITS * WORDS) == 0) & (token < tokens)
     WHOLE: tl.constexpr = UNIT % 32 == 0 and D % UNIT == 0
-    chunks = ()
-    others = ()
+    columns = ()
     masks = ()
+    values = ()
     for j in tl.static_range(32 // C):
-        column = j * Q * C + first[:, None] + i[None, :]
+        column = (j * Q + word % WORDS)[:, None] * C + tl.arange(0, C)[None, :]
         if WHOLE:
             mask = tl.broadcast_to(inside[:, None], [W, C])
         else:
             mask = inside[:, None] & (column < UNIT) & (unit[:, None] * UNIT + column < D)
+        columns = columns + (column,)
         masks = masks + (mask,)
-        chunks = chunks + (tl.load(x_ptr + start[:, None] + column, mask=mask, other=0.0),)
-        if PRODUCER == "rms_norm":
-            others = others + (tl.load(other_ptr + unit[:, None] * UNIT + column, mask=mask, other=0.0),)
-        elif PRODUCER != "none":
-            others = others + (tl.load(other_ptr + start[:, None] + column, mask=mask, other=0.0),)
+        values = values + (tl.load(x_ptr + start[:, None] + column, mask=mask, other=0.0),)
 
     if PRODUCER == "rms_norm":
         squares = tl.zeros([W], tl.float32)
         for j in tl.static_range(32 // C):
-            wide = chunks[j].to(tl.float32)
+            wide = values[j].to(tl.float32)
             squares += tl.sum(wide * wide, axis=1)
         rstd = tl.rsqrt(_token_sum(squares, TOKENS) / D + eps)
-        tl.store(rstd_ptr + token, rstd, mask=(word % (UNITS * WORDS) == 0) & (token < tokens))
-    values = ()
-    for j in tl.static_range(32 // C):
-        if PRODUCER == "rms_norm":
-            normed = (chunks[j].to(tl.float32) * rstd[:, None]).to(x_ptr.dtype.element_ty)
-            value = (normed.to(tl.float32) * others[j].to(tl.float32)).to(DTYPE)
-        elif PRODUCER == "none":
-            value = chunks[j]
-        else:
-            activated, _ = _activate(chunks[j].to(tl.float32), PRODUCER)
-            value = (activated.to(DTYPE).to(tl.float32) * others[j].to(tl.float32)).to(DTYPE)
-        values = values + (value,)
+        tl.store(rstd_ptr + token, rstd, mask=first_of_token)
+    if PRODUCER != "none":
+        produced = ()
+        for j in tl.static_range(32 // C):
+            if PRODUCER == "rms_norm":
+                other = tl.load(other_ptr + unit[:, None] * UNIT + columns[j], mask=masks[j], other=0.0)
+                value = (values[j].to(tl.float32) * rstd[:, None]).to(x_ptr.dtype.element_ty)
+            else:
+                other = tl.load(other_ptr + start[:, None] + columns[j], mask=masks[j], other=0.0)
+                value, _ = _activate(values[j].to(tl.float32), PRODUCER)
+                value = value.to(DTYPE)
+            produced = produced + ((value.to(tl.float32) * other.to(tl.float32)).to(DTYPE),)
+        values = produced
 
     if WHOLE:
         valid = tl.where(inside, 0xFFFFFFFF, 0).to(tl.uint32)
@@ -279,37 +284,37 @@ def _sparsify_kernel(
     FIELD: tl.constexpr = ((1 << (16 // FIELDS)) - 1) * 0x00010001
     fields = tl.full([FIELDS], FIELD, tl.uint32) << (tl.arange(0, FIELDS) * (16 // FIELDS)).to(tl.uint32)
     valid = tl.reshape(valid, [TOKENS * UNITS, WORDS, 1]) & fields[None, None, :]
-    planes = _planes(values)
+    matrix = _matrix(values)
+    planes = _transpose_bits(matrix, VALUE.primitive_bitwidth // 2)
     kept = _select(planes, valid, keep, MANTISSA, C)
     kept = tl.reshape(tl.sum(kept.to(tl.int32, bitcast=True), axis=2), [W]).to(tl.uint32, bitcast=True)
 
     if EPILOGUE != "mask":
-        values = _survivors(planes, kept, C, DTYPE)
+        values = _survivors(matrix, kept, DTYPE)
     if EPILOGUE == "l2":
         largest = tl.zeros([W], tl.float32)
         for j in tl.static_range(32 // C):
             largest = tl.maximum(largest, tl.max(tl.abs(values[j].to(tl.float32)), axis=1))
-        largest = _token_max(largest, TOKENS)
-        largest = tl.where(largest > 0, largest, 1.0)
+        # With a power of two that brings the largest near 1, no square over- or underflows.
+        exponent = (_token_max(largest, TOKENS).to(tl.int32, bitcast=True) >> 23) & 0xFF
+        scale = (tl.minimum(tl.maximum(254 - exponent, 1), 253) << 23).to(tl.float32, bitcast=True)
         squares = tl.zeros([W], tl.float32)
         for j in tl.static_range(32 // C):
-            wide = values[j].to(tl.float32) / largest[:, None]
+            wide = values[j].to(tl.float32) * scale[:, None]
             squares += tl.sum(wide * wide, axis=1)
         norm = tl.sqrt(_token_sum(squares, TOKENS))
-        known = norm > 0
-        largest = tl.where(known, largest, 1.0)
-        norm = tl.where(known, norm, 1.0)
-        lead = (word % (UNITS * WORDS) == 0) & (token < tokens)
-        tl.store(norm_ptr + token, tl.where(known, largest * norm, 0.0), mask=lead)
+        known = (norm > 0) & (norm < float("inf"))
+        scale = tl.where(known, scale, 1.0)
+        inverse = tl.where(known, 1 / norm, 1.0)
+        tl.store(norm_ptr + token, tl.where(known, norm / scale, 0.0), mask=first_of_token)
     for j in tl.static_range(32 // C):
-        column = j * Q * C + first[:, None] + i[None, :]
         if EPILOGUE == "mask":
             value = ((kept[:, None] >> _places(j, C)) & 1) != 0
         elif EPILOGUE == "l2":
-            value = (values[j].to(tl.float32) / largest[:, None] / norm[:, None]).to(DTYPE)
+            value = (values[j].to(tl.float32) * scale[:, None] * inverse[:, None]).to(DTYPE)
         else:
             value = values[j]
-        tl.store(y_ptr + start[:, None] + column, value, mask=masks[j])
+        tl.store(y_ptr + start[:, None] + columns[j], value, mask=masks[j])
 
 
 @triton.jit
@@ -358,8 +363,8 @@ def _rms_norm_backward_kernel(
     inside = feature < D
     weight = tl.load(weight_ptr + feature, mask=inside, other=0.0).to(tl.float32)
     grad_weight = tl.zeros([BLOCK], tl.float32)
+    at = tl.program_id(0).to(tl.int64) * D + feature
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
-        at = token.to(tl.int64) * D + feature
         rstd = tl.load(rstd_ptr + token)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         normed = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * rstd
@@ -367,6 +372,7 @@ def _rms_norm_backward_kernel(
         grad *= weight
         grad = rstd * (grad - normed * (tl.sum(grad * normed, axis=0) / D))
         tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        at += tl.num_programs(0) * D
     tl.store(grad_weight_ptr + tl.program_id(0) * D + feature, grad_weight, mask=inside)
 
 
@@ -397,6 +403,11 @@ class _Tile:
         words_a_thread = min(max(words // 32, 1), 64 // bits)
         warps = min(tokens * units * words // (32 * words_a_thread), 32)
         return cls(features, unit, fields, tokens, units, words, warps)
+
+    @property
+    def registers(self) -> int | None:
+        """A cap, where with it one more program fits beside the others and nothing spills: three words a thread."""
+        return 128 if triton.cdiv(triton.cdiv(self.unit, 32), 32 * self.warps) == 3 else None
 
 
 def _launch(
@@ -437,6 +448,7 @@ def _launch(
             PRODUCER=producer,
             EPILOGUE=epilogue,
             num_warps=tile.warps,
+            maxnreg=tile.registers,
         )
     return rstd, norm
 
