@@ -43,7 +43,7 @@ def test_the_kernels_run_unasked_and_in_a_cuda_graph():
 
 @pytest.mark.parametrize("compile_it", [False, True])
 def test_activation_memory_is_at_the_dense_level(compile_it):
-    """What a forward pass keeps for backward: selecting adds nothing to a compiled model, and an eager one keeps less."""
+    """What a forward pass keeps for backward: selecting adds nothing to a compiled model; an eager one keeps less."""
     fields = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "vocab_size": 128}
     kept = []
     for config in (dense_config("llama", **fields), sparse_config("llama", **fields)):
