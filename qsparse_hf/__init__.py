@@ -9,7 +9,7 @@ from .modeling.configuration_qsparse import QSparseLlamaConfig, QSparseMistralCo
 from .modeling.modeling_qsparse_llama import QSparseLlamaForCausalLM, QSparseLlamaModel
 from .modeling.modeling_qsparse_mistral import QSparseMistralForCausalLM, QSparseMistralModel
 from .modeling.modeling_qsparse_qwen2 import QSparseQwen2ForCausalLM, QSparseQwen2Model
-from .modeling.sparsify import topk_sparsify
+from .modeling.sparsify import glu_sparsify, rms_norm_sparsify, topk_sparsify
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,8 @@ __all__ = [
     "QSparseQwen2Config",
     "QSparseQwen2ForCausalLM",
     "QSparseQwen2Model",
+    "glu_sparsify",
+    "rms_norm_sparsify",
     "topk_sparsify",
 ]
 
