@@ -24,7 +24,7 @@ def captured(function: Callable[[], object], repeats: int) -> Callable[[], None]
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
     """Microseconds a call of each function, one of each in every round; each call is `repeats` of what is measured.
 
-    Every measured call comes behind an unmeasured one of the same function: a neighbour's writes are still in the caches.
+    Every measured call comes behind an unmeasured one of its own: a neighbour leaves its writes in the caches.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
