@@ -1,13 +1,18 @@
 """What the benchmarks share: interleaved timing on a GPU, medians, tables."""
 
+import argparse
 import json
 import platform
 import statistics
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import triton
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it stands, and every option's default."""
 
 
 def captured(function: Callable[[], object], repeats: int) -> Callable[[], None]:
@@ -56,7 +61,7 @@ def write_json(path: Path, results: object) -> None:
     machine = {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": version("triton"),
         "python": platform.python_version(),
     }
     path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))

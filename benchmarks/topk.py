@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import captured, interleaved, medians, print_table, write_json
+from measure import HelpFormatter, captured, interleaved, medians, print_table, write_json
 from torch import Tensor
 from tqdm import tqdm
 
 from qsparse_hf.modeling.sparsify import gated, glu_sparsify, rms_norm, rms_norm_sparsify, topk_sparsify
+from qsparse_hf.modeling.sparsity import check_sparsity
 
 REPEATS = 4
 
@@ -66,18 +67,31 @@ def forms(x: Tensor, block_sizes: list[int], sparsity: float) -> dict[str, dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--features", type=int, nargs="+", default=[2048, 4096, 11008, 14336], metavar="D")
-    parser.add_argument("--block-sizes", type=int, nargs="*", default=[4, 8, 16, 32, 64, 128], metavar="M")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--block-features", type=int, nargs="*", default=[4096], metavar="D", help="where blocks are timed"
+        "--features", type=int, nargs="+", default=[2048, 4096, 11008, 14336], metavar="D", help="of a row"
     )
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=Path("topk.json"), help="raw times in microseconds")
+    parser.add_argument(
+        "--block-sizes", type=int, nargs="*", default=[4, 8, 16, 32, 64, 128], metavar="M", help="of a block"
+    )
+    parser.add_argument(
+        "--block-features",
+        type=int,
+        nargs="*",
+        default=[4096],
+        metavar="D",
+        help="where blocks other than 32 are timed",
+    )
+    parser.add_argument("--tokens", type=int, default=16384, help="rows of the tensor")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the tensor")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros")
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved measurements of each")
+    parser.add_argument("--output", type=Path, default=Path("topk.json"), help="JSON with every time, in microseconds")
     arguments = parser.parse_args()
+    try:
+        check_sparsity(arguments.sparsity)
+    except ValueError as error:
+        parser.error(str(error))
     if not torch.cuda.is_available():
         parser.error("these kernels are timed on a GPU, and there is none")
 
@@ -95,8 +109,8 @@ def main() -> None:
             for name, value in median.items():
                 rows.append([form, features, name, f"{value:.1f}", f"{value / floor:.2f}"])
             del graphs, functions
+            write_json(arguments.output, results)
     print_table(["form", "D", "what", "us", "of the floor"], rows)
-    write_json(arguments.output, results)
 
 
 if __name__ == "__main__":

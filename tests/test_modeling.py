@@ -27,6 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qsparse_hf
+from qsparse_hf.modeling import sparsify
 from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
 from qsparse_hf.modeling.sparsify import IMPLS
 from qsparse_hf.modeling.sparsity import kept_features
@@ -430,11 +431,13 @@ def test_the_readme_example_runs(tiny_checkpoint, tmp_path, tiny_tokenizer):
 
 def test_a_model_computes_the_same_on_the_kernels(family, tokens, monkeypatch):
     """Through Triton's interpreter where there is no GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = tokens.to(device)
     results = []
-    for unasked in ("torch", "triton"):
-        if unasked == "triton":
-            monkeypatch.setattr(IMPLS["triton"], "refuses", lambda x, asked: None)
-        model = make(sparse_config(family, sparsity_block_size=32)).train()
+    monkeypatch.setattr(IMPLS["triton"], "refuses", lambda tensors, asked: None)
+    for only in ("torch", "triton"):
+        monkeypatch.setattr(sparsify, "IMPLS", {only: IMPLS[only]})
+        model = make(sparse_config(family, sparsity_block_size=32)).to(device).train()
         output = model(tokens, labels=tokens)
         output.loss.backward()
         results.append([output.logits, *(parameter.grad for parameter in model.parameters())])
@@ -449,10 +452,25 @@ def test_another_activation_is_not_overlooked(activation, tokens):
         model.model.layers[0].mlp.act_fn = activation
     assert torch.equal(sparse(tokens).logits, dense(tokens).logits)
     sparse.model.layers[0].mlp.down_sparsify.sparsity = 0.75
+    hooked = []
+    activation.register_forward_hook(lambda *_: hooked.append(True))
     seen = []
     sparse.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     sparse(tokens)
     assert ((seen[0] != 0).sum(-1) <= 24).all()  # of 96
+    assert hooked
+
+
+def test_an_activation_written_in_python_is_the_dense_one_at_sparsity_zero(tokens):
+    dense = make(dense_config("llama", hidden_act="gelu_python"))
+    sparse = make(sparse_config("llama", hidden_act="gelu_python", sparsity=0))
+    assert torch.equal(sparse(tokens).logits, dense(tokens).logits)
+
+
+def test_a_backend_is_named_for_whole_models_by_the_environment():
+    code = "import torch, qsparse_hf; print(qsparse_hf.topk_sparsify(torch.randn(2, 8), 0.5).shape)"
+    run = run_python(code, check=False, QSPARSE_BACKEND="nonsense")
+    assert "backend must be None or one of 'triton', 'torch', 'reference', got 'nonsense'" in run.stderr
 
 
 def test_nothing_that_sparsifies_passes_for_a_plain_norm():

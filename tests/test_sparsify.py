@@ -212,6 +212,30 @@ def test_fused_forms_with_rescale(device, backend, form, block_size, ste):
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("form", FUSED)
+def test_fused_forms_do_not_lose_a_nan(device, backend, form):
+    x, other = fused_inputs(form, 32, torch.float32, device)
+    with torch.no_grad():
+        x[0, 0, 3] = nan
+    y = FUSED[form][0](x, other, 0.5, backend=backend)
+    assert y[0, 0, 3].isnan()
+    y.sum().backward()
+    assert not y[1].isnan().any()
+    if form != "relu":  # its slope is a step
+        assert x.grad[0, 0, 3].isnan()
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_rescale_leaves_a_row_without_a_norm_alone(device, backend):
+    rows = [[nan, 1.0, 2.0, 3.0], [inf, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0]]
+    x = torch.tensor(rows, device=device, requires_grad=True)
+    y = topk_sparsify(x, 0.5, rescale="l2", backend=backend)
+    assert torch.equal(y.nan_to_num(7), topk_sparsify(x, 0.5, backend=backend).nan_to_num(7))
+    upstream = torch.arange(12.0, device=device).view(3, 4)
+    assert torch.equal(torch.autograd.grad(y, x, upstream)[0], upstream)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
 def test_a_wider_gain_widens_the_norm(device, backend):
     x, gain = fused_inputs("rms_norm", 64, torch.float32, device)
     y = rms_norm_sparsify(x.bfloat16(), gain, 1e-5, 1e-9, backend=backend)
@@ -341,6 +365,7 @@ def test_under_autocast_and_checkpointing():
         ),
         ({"backend": "triton", "x": torch.randn(2, 65537)}, ValueError, "up to 65536 features, and x has 65537"),
         ({"x": torch.arange(8)}, TypeError, "torch.int64"),
+        ({"x": [1.0, 2.0]}, TypeError, "x must be a tensor of .* got list"),
         ({"x": torch.tensor(1.0)}, ValueError, "last dimension"),
         ({"x": torch.empty(3, 0)}, ValueError, "last dimension"),
     ],
@@ -352,18 +377,35 @@ def test_bad_arguments_are_named(arguments, error, said):
 
 def test_bad_arguments_of_the_fused_forms_are_named():
     x = torch.randn(2, 8)
-    with pytest.raises(ValueError, match=r"activation must be one of 'silu'.*got 'tanh'"):
-        glu_sparsify(x, x, "tanh", 0.5)
-    with pytest.raises(ValueError, match=r"must be alike, got torch.float32 \(2, 8\) and torch.float32 \(1, 8\)"):
+    for activation in ("tanh", ["silu"], torch.nn.SiLU()):
+        with pytest.raises(ValueError, match=r"activation must be the name of one of 'silu'.*got"):
+            glu_sparsify(x, x, activation, 0.5)
+    with pytest.raises(
+        ValueError, match=r"must be alike, got torch.float32 \(2, 8\) on cpu and torch.float32 \(1, 8\)"
+    ):
         glu_sparsify(x, x[:1], "silu", 0.5)
+    with pytest.raises(ValueError, match="alike"):
+        glu_sparsify(x, x.to("meta"), "silu", 0.5)
     with pytest.raises(ValueError, match=r"got 1\.5"):
         rms_norm_sparsify(x, x[0], 1e-5, 1.5)
+    for weight in (torch.ones(4), torch.ones(1), torch.ones(16)[:9], x, x[0].to("meta")):
+        with pytest.raises(ValueError, match=r"weight must have shape \(8,\) on cpu, got"):
+            rms_norm_sparsify(x, weight, 1e-5, 0.5)
+    with pytest.raises(TypeError, match=r"weight must be a tensor of .* got torch.int64"):
+        rms_norm_sparsify(x, x[0].long(), 1e-5, 0.5)
+    for eps in (None, -1e-5, nan):
+        with pytest.raises(ValueError, match="eps must be a number >= 0, got"):
+            rms_norm_sparsify(x, x[0], eps, 0.5)
+    with pytest.raises(ValueError, match=r"'triton' cannot run here.*torch.float64"):
+        rms_norm_sparsify(x, x[0].double(), 1e-5, 0.5, backend="triton")
 
 
 def test_kernels_that_were_asked_for_and_cannot_run_say_why():
     code = "import torch, qsparse_hf; qsparse_hf.topk_sparsify(torch.randn(2, 8), 0.5, backend='triton')"
-    run = run_python(code, check=False, TRITON_INTERPRET="0")
+    run = run_python(code, check=False, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
     assert "backend 'triton' cannot run here: its kernels need a GPU" in run.stderr
+    run = run_python(f"import sys; sys.modules['triton'] = None; {code}", check=False)
+    assert "backend 'triton' cannot run here: the package triton is not installed" in run.stderr
 
 
 def test_passing_over_the_kernels_is_said_once(caplog, monkeypatch):
@@ -372,5 +414,5 @@ def test_passing_over_the_kernels_is_said_once(caplog, monkeypatch):
         for _ in range(2):
             topk_sparsify(torch.randn(2, 8), 0.5)
     assert [record.message for record in caplog.records] == [
-        "backend 'triton' is passed over: its kernels need a GPU, or TRITON_INTERPRET=1 for a test, and x is on cpu"
+        "backend 'triton' is passed over: its kernels are for GPUs, and x is on cpu"
     ]

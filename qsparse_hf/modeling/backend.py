@@ -1,42 +1,58 @@
 """Which implementation runs: one rule for every table of implementations."""
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+_ASKED = os.environ.get("QSPARSE_BACKEND") or None
 _said: set[str] = set()
 
 
 class Implementation(Protocol):
     """What `choose` asks of an implementation."""
 
-    def refuses(self, x: Tensor, asked: bool) -> str | None:
-        """Why it does not run on `x`, or None if it does; `asked` if somebody named it."""
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        """Why it does not run on these, or None if it does; `asked` if somebody named it."""
 
 
-def choose(implementations: Mapping[str, Implementation], x: Tensor, name: str | None) -> Implementation:
-    """The implementation called `name`, or if that is None the first that takes `x`.
+class Missing:
+    """An implementation that needs what is not installed."""
 
-    Passing one over is said once, at info level.
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        return self.reason
+
+
+def choose(
+    implementations: Mapping[str, Implementation], tensors: Sequence[Tensor], name: str | None
+) -> Implementation:
+    """The implementation called `name`, or if that is None the first that takes the tensors.
+
+    The environment variable QSPARSE_BACKEND names one where nobody else does, for whole models. Passing one over is
+    said once, at info level.
 
     Raises:
-        ValueError: `name` is unknown, or what it names cannot run on `x`.
+        ValueError: `name` is unknown, or what it names cannot run on them.
     """
+    name = name or _ASKED
     if name is not None:
         if name not in implementations:
             raise ValueError(f"backend must be None or one of {', '.join(map(repr, implementations))}, got {name!r}")
-        if reason := implementations[name].refuses(x, asked=True):
+        if reason := implementations[name].refuses(tensors, asked=True):
             raise ValueError(f"backend {name!r} cannot run here: {reason}")
         return implementations[name]
     for key, implementation in implementations.items():
-        reason = implementation.refuses(x, asked=False)
+        reason = implementation.refuses(tensors, asked=False)
         if reason is None:
             return implementation
         if not torch.compiler.is_compiling() and reason not in _said:
             _said.add(reason)
             logger.info("backend %r is passed over: %s", key, reason)
-    raise ValueError(f"no backend takes a tensor of device {x.device} and dtype {x.dtype}")
+    raise ValueError(f"none of the backends {', '.join(map(repr, implementations))} takes these tensors")

@@ -9,7 +9,7 @@ can do both in one pass.
 Shapes: D features of a token, M features of a block, K features kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation, GELUTanh, ReLUSquaredActivation, SiLUActivation
 from transformers.utils import is_triton_available
 
-from .backend import choose
+from .backend import Missing, choose
 from .sparsity import check_block_size, check_rescale, check_sparsity, kept_features
 
 if is_triton_available():
@@ -90,14 +90,16 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _divide_by_l2_norm(x: Tensor) -> Tensor:
-    """`x / ||x||_2` over the last dimension, computed in at least fp32; a row whose norm is 0 or NaN stays as it is."""
+    """`x / ||x||_2` over the last dimension, computed in at least fp32; a row without a norm above 0 stays as it is."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # Neither value nor gradient depends on a constant factor; with 1 the largest entry, no square over- or underflows.
-    largest = wide.detach().abs().amax(dim=-1, keepdim=True)
-    scaled = wide / torch.where(largest > 0, largest, 1)
-    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    known = norm > 0
-    return (torch.where(known, scaled, wide) / torch.where(known, norm, 1)).to(x.dtype)
+    with torch.no_grad():
+        largest = wide.abs().amax(dim=-1, keepdim=True)
+        norm = torch.linalg.vector_norm(wide / torch.where(largest > 0, largest, 1), dim=-1, keepdim=True)
+        known = norm > 0  # neither 0 nor NaN, which an infinity makes of it
+    scaled = wide / torch.where(known, largest, 1)
+    norm = torch.linalg.vector_norm(torch.where(known, scaled, 0), dim=-1, keepdim=True)
+    return torch.where(known, scaled / torch.where(known, norm, 1), wide).to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -118,7 +120,7 @@ class Composed:
     def __init__(self, select: Callable[[Tensor, int], Tensor]) -> None:
         self.select = select
 
-    def refuses(self, x: Tensor, asked: bool) -> str | None:
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
         return None
 
     def mask(self, x: Tensor, kept: int, block_size: int | None) -> Tensor:
@@ -137,12 +139,20 @@ class Composed:
         return self.topk(gated(gate, up, activation), *settings)
 
 
-IMPLS = {"torch": Composed(_mask_by_threshold), "reference": Composed(_mask_by_sort)}
-"""Implementations by name, the preferred first. Each has `mask(x, kept, block_size)`, the bool mask of what survives,
-and with the straight-through estimator `topk`, `rms_norm_topk` and `glu_topk`."""
+IMPLS = {
+    "triton": Kernels() if is_triton_available() else Missing("the package triton is not installed"),
+    "torch": Composed(_mask_by_threshold),
+    "reference": Composed(_mask_by_sort),
+}
+"""Implementations by name, the preferred first. Each says what it `refuses`, and has `mask(x, kept, block_size)`, the
+bool mask of what survives, and with the straight-through estimator `topk(x, kept, block_size, rescale)`,
+`rms_norm_topk(x, weight, eps, ...)` and `glu_topk(gate, up, activation, ...)`."""
 
-if is_triton_available():
-    IMPLS = {"triton": Kernels(), **IMPLS}
+
+def _check_floats(x: Tensor, name: str) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in _BITS:
+        allowed = ", ".join(map(str, _BITS))
+        raise TypeError(f"{name} must be a tensor of {allowed}, got {getattr(x, 'dtype', type(x).__name__)}")
 
 
 def _sparsify(
@@ -157,14 +167,13 @@ def _sparsify(
 ) -> Tensor:
     """The top-K of `dense(*inputs)`, which the method `form` of an implementation computes in one go."""
     x = inputs[0]
+    tensors = [each for each in inputs if isinstance(each, Tensor)]
     check_sparsity(sparsity)
     check_rescale(rescale)
-    if x.dtype not in _BITS:
-        raise TypeError(f"x must be one of {', '.join(map(str, _BITS))}, got {x.dtype}")
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least one feature, got shape {tuple(x.shape)}")
     check_block_size(block_size, x.shape[-1])
-    implementation = choose(IMPLS, x, backend)
+    implementation = choose(IMPLS, tensors, backend)
     if sparsity == 0:
         return dense(*inputs)
     kept = kept_features(block_size or x.shape[-1], sparsity)
@@ -200,6 +209,7 @@ def topk_sparsify(
         ValueError: an argument outside these ranges, `x` without a feature dimension, a named backend that cannot run.
         TypeError: `x` is not of one of these dtypes.
     """
+    _check_floats(x, "x")
     return _sparsify("topk", lambda x: x, (x,), sparsity, block_size, rescale, ste, backend)
 
 
@@ -223,8 +233,19 @@ def rms_norm_sparsify(
     Returns:
         `[..., D]` of the dtype that `x` and `weight` promote to; at sparsity 0 the dense norm.
 
-    The others, and what is raised: see `topk_sparsify`.
+    Raises:
+        ValueError: also for a weight of another shape or device than `x`'s features, an `eps` that is no number >= 0.
+
+    The others: see `topk_sparsify`.
     """
+    _check_floats(x, "x")
+    _check_floats(weight, "weight")
+    if weight.shape != x.shape[-1:] or weight.device != x.device:
+        raise ValueError(
+            f"weight must have shape {tuple(x.shape[-1:])} on {x.device}, got {tuple(weight.shape)} on {weight.device}"
+        )
+    if not isinstance(eps, int | float) or not eps >= 0:
+        raise ValueError(f"eps must be a number >= 0, got {eps!r}")
     return _sparsify("rms_norm_topk", rms_norm, (x, weight, eps), sparsity, block_size, rescale, ste, backend)
 
 
@@ -247,15 +268,19 @@ def glu_sparsify(
         `[..., D]` of their dtype; at sparsity 0 the dense product.
 
     Raises:
-        ValueError: also for an unknown activation, or for two shapes or dtypes.
+        ValueError: also for an unknown activation, or for two shapes, dtypes or devices.
 
     The others: see `topk_sparsify`.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
-    if (gate.shape, gate.dtype) != (up.shape, up.dtype):
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        allowed = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"activation must be the name of one of {allowed}, got {activation!r}")
+    _check_floats(gate, "gate")
+    _check_floats(up, "up")
+    if (gate.shape, gate.dtype, gate.device) != (up.shape, up.dtype, up.device):
         raise ValueError(
-            f"gate and up must be alike, got {gate.dtype} {tuple(gate.shape)} and {up.dtype} {tuple(up.shape)}"
+            f"gate and up must be alike, got {gate.dtype} {tuple(gate.shape)} on {gate.device} "
+            f"and {up.dtype} {tuple(up.shape)} on {up.device}"
         )
     return _sparsify("glu_topk", gated, (gate, up, activation), sparsity, block_size, rescale, ste, backend)
 
@@ -293,7 +318,8 @@ class Sparsify(nn.Module):
 class RMSNormSparsify(Sparsify):
     """An RMSNorm and the sparsification of its output, in one pass: the class that a decoder's norms take on.
 
-    Not called an RMSNorm, and none by inheritance: serving engines and kernel hubs replace what they take for one.
+    Not called an RMSNorm, and none by inheritance: serving engines and kernel hubs replace what they take for one. Who
+    puts a plain norm in its place makes the projections behind it dense.
     """
 
     weight: nn.Parameter
@@ -310,6 +336,8 @@ class GLUSparsify(Sparsify):
     """A gated activation and the sparsification of its output, in one pass for the activations in `ACTIVATIONS`."""
 
     def forward(self, gate: Tensor, up: Tensor, activation: nn.Module) -> Tensor:
-        if name := _NAME_OF.get(type(activation)):
-            return glu_sparsify(gate, up, name, *self.settings)
-        return topk_sparsify(activation(gate) * up, *self.settings)
+        watched = activation._forward_hooks or activation._forward_pre_hooks or "forward" in vars(activation)
+        name = _NAME_OF.get(type(activation))
+        if name is None or watched or self.settings[0] == 0:
+            return topk_sparsify(activation(gate) * up, *self.settings)
+        return glu_sparsify(gate, up, name, *self.settings)

@@ -10,6 +10,7 @@ Shapes: D features of a token, M features of a block, K kept. A tile is `[words]
 where a unit is what one selection ranks: a token, a block, or for M < 32 a word with `fields` = 32 / M blocks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -189,9 +190,9 @@ def _activate(x, ACTIVATION: tl.constexpr):
         inverse = 1 + tl.exp(-x)
         return x / inverse, (1 + x * (1 - 1 / inverse)) / inverse
     elif ACTIVATION == "relu":
-        return tl.maximum(x, 0.0), (x > 0).to(tl.float32)
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL), tl.where(x <= 0, 0.0, 1.0)
     elif ACTIVATION == "relu2":
-        positive = tl.maximum(x, 0.0)
+        positive = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
         return positive * positive, 2 * positive
     elif ACTIVATION == "gelu":
         gate = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
@@ -392,8 +393,8 @@ class _Tile:
     def of(cls, features: int, block_size: int | None, whole_tokens: bool, bits: int) -> "_Tile":
         unit = block_size or features
         fields = 1
-        if unit in (1, 2, 4, 8, 16) and block_size is not None:
-            unit, fields = 32, 32 // unit
+        if block_size in (2, 4, 8, 16):
+            unit, fields = 32, 32 // block_size
         if not whole_tokens and features % unit == 0:
             features = unit
         units = triton.next_power_of_2(triton.cdiv(features, unit))
@@ -429,6 +430,7 @@ def _launch(
     value = x if epilogue == "mask" else y
     tile = _Tile.of(features, block_size, producer == "rms_norm" or epilogue == "l2", 8 * value.element_size())
     tokens = x.numel() // tile.features
+    options = {"maxnreg": tile.registers} if tile.registers and not torch.version.hip else {}
     with torch.cuda.device_of(x):
         _sparsify_kernel[(triton.cdiv(tokens, tile.tokens),)](
             x,
@@ -448,7 +450,7 @@ def _launch(
             PRODUCER=producer,
             EPILOGUE=epilogue,
             num_warps=tile.warps,
-            maxnreg=tile.registers,
+            **options,
         )
     return rstd, norm
 
@@ -638,13 +640,20 @@ _glu_topk.register_autograd(_glu_topk_backward, setup_context=_save_glu_topk)
 class Kernels:
     """The operator on these kernels."""
 
-    def refuses(self, x: Tensor, asked: bool) -> str | None:
-        if not x.is_cuda and (isinstance(_sparsify_kernel, triton.JITFunction) or not asked):
-            return f"its kernels need a GPU, or TRITON_INTERPRET=1 for a test, and x is on {x.device.type}"
-        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            return f"its kernels take bf16, fp16 and fp32, and x is {x.dtype}"
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        x = tensors[0]
+        for each in tensors:
+            if each.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                return f"its kernels take bf16, fp16 and fp32, and got {each.dtype}"
         if x.shape[-1] > 65536:
             return f"its kernels take up to 65536 features, and x has {x.shape[-1]}"
+        if not x.is_cuda and not asked:
+            return f"its kernels are for GPUs, and x is on {x.device.type}"
+        if not x.is_cuda and isinstance(_sparsify_kernel, triton.JITFunction):
+            return (
+                "its kernels need a GPU (or, to test them, TRITON_INTERPRET=1 in the environment before they are "
+                f"imported), and x is on {x.device.type}"
+            )
         return None
 
     def mask(self, x: Tensor, kept: int, block_size: int | None) -> Tensor:
