@@ -87,7 +87,7 @@ def test_rescale_at_any_scale(scale, dtype):
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_selection_rule_holds_for_any_rows(device, backend, dtype, data):
     values = st.one_of(st.floats(width=16), st.sampled_from([0.0, -0.0, 1.0, -1.0, nan, inf, -inf]))
@@ -115,8 +115,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("ste", [True, False])
-@pytest.mark.parametrize("rescale", ["none", "l2"])
+@pytest.mark.parametrize(("rescale", "ste"), [("none", True), ("none", False), ("l2", True)])
 @pytest.mark.parametrize(("shape", "block_size"), SHAPES)
 @pytest.mark.parametrize(("device", "backend"), [case for case in BACKENDS if case.values[1] != "reference"])
 def test_implementations_agree_with_the_reference(device, backend, shape, block_size, rescale, ste, dtype):
@@ -309,12 +308,11 @@ def test_straight_through_saves_nothing_for_backward():
 
 
 @pytest.mark.parametrize(("device", "backend"), [case for case in BACKENDS if case.values[1] != "reference"])
-@pytest.mark.parametrize("block_size", [None, 8])
-def test_compiles_to_one_graph(device, backend, block_size):
+def test_compiles_to_one_graph(device, backend):
     def function(x):
-        y = rms_norm_sparsify(x * 2, x[0], 1e-5, 0.5, block_size, backend=backend)
-        y = glu_sparsify(y + x, x, "silu", 0.5, block_size, backend=backend)
-        return topk_sparsify(y + x, 0.5, block_size, "l2", backend=backend).sin()
+        y = rms_norm_sparsify(x * 2, x[0], 1e-5, 0.5, backend=backend)
+        y = glu_sparsify(y + x, x, "silu", 0.5, 8, backend=backend)
+        return topk_sparsify(y + x, 0.5, None, "l2", backend=backend).sin()
 
     x = torch.randn(4, 32, device=device)
     results = []
