@@ -10,9 +10,25 @@ from pathlib import Path
 
 import torch
 
+from qsparse_hf.modeling.sparsity import check_sparsity
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The description as it stands, and every option's default."""
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, `--sparsity` among them; ends with one line if it is out of range or there is no GPU."""
+    parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros")
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved measurements of each")
+    arguments = parser.parse_args()
+    try:
+        check_sparsity(arguments.sparsity)
+    except ValueError as error:
+        parser.error(str(error))
+    if not torch.cuda.is_available():
+        parser.error("this is measured on a GPU, and there is none")
+    return arguments
 
 
 def captured(function: Callable[[], object], repeats: int) -> Callable[[], None]:
@@ -23,7 +39,11 @@ def captured(function: Callable[[], object], repeats: int) -> Callable[[], None]
     with torch.cuda.graph(graph):
         for _ in range(repeats):
             function()
-    return lambda: graph.replay() or function  # keeps what the graph reads alive
+
+    def replay(function=function) -> None:  # keeps what the graph reads alive
+        graph.replay()
+
+    return replay
 
 
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:

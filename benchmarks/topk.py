@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import HelpFormatter, captured, interleaved, medians, print_table, write_json
+from measure import HelpFormatter, captured, interleaved, medians, parse, print_table, write_json
 from torch import Tensor
 from tqdm import tqdm
 
 from qsparse_hf.modeling.sparsify import gated, glu_sparsify, rms_norm, rms_norm_sparsify, topk_sparsify
-from qsparse_hf.modeling.sparsity import check_sparsity
 
 REPEATS = 4
 
@@ -84,16 +83,8 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=16384, help="rows of the tensor")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the tensor")
-    parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros")
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved measurements of each")
     parser.add_argument("--output", type=Path, default=Path("topk.json"), help="JSON with every time, in microseconds")
-    arguments = parser.parse_args()
-    try:
-        check_sparsity(arguments.sparsity)
-    except ValueError as error:
-        parser.error(str(error))
-    if not torch.cuda.is_available():
-        parser.error("these kernels are timed on a GPU, and there is none")
+    arguments = parse(parser)
 
     results, rows = [], []
     for features in tqdm(arguments.features, desc="features"):

@@ -16,14 +16,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from measure import HelpFormatter, interleaved, medians, print_table, write_json
+from measure import HelpFormatter, interleaved, medians, parse, print_table, write_json
 from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qsparse_hf import QSparseLlamaConfig, QSparseLlamaForCausalLM
 from qsparse_hf.modeling import sparsify
-from qsparse_hf.modeling.sparsity import check_sparsity
 
 SLICES = {
     "1.3b": {"hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 32, "num_hidden_layers": 8},
@@ -85,18 +84,10 @@ def main() -> None:
         help="with torch.compile or without",
     )
     parser.add_argument("--batch", type=int, default=8, help="sequences of 2048 tokens")
-    parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros")
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved measurements of each")
     parser.add_argument(
         "--output", type=Path, default=Path("train_step.json"), help="JSON with every time, in microseconds"
     )
-    arguments = parser.parse_args()
-    try:
-        check_sparsity(arguments.sparsity)
-    except ValueError as error:
-        parser.error(str(error))
-    if not torch.cuda.is_available():
-        parser.error("training steps are timed on a GPU, and there is none")
+    arguments = parse(parser)
 
     results, rows = [], []
     for name in arguments.models:
