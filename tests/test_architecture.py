@@ -13,7 +13,8 @@ FAMILY_FILES = [path for path in MODELING if re.match(r"modeling_qsparse_\w+", p
 # Each module and the modules of this package it may import.
 LAYERS = [
     {"errors", "modeling.sparsity", "modeling.backend", "modeling.sparsify_triton", "modeling.__init__"},
-    {"modeling.configuration_qsparse", "modeling.sparsify"},
+    {"modeling.configuration_qsparse", "modeling.sparsify_ops"},
+    {"modeling.sparsify"},
     {"modeling.modeling_qsparse"},
     {f"modeling.{path.stem}" for path in FAMILY_FILES},
     {"__init__"},

@@ -32,7 +32,7 @@ def test_the_kernels_run_unasked_and_in_a_cuda_graph():
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
-    assert sum(event.count for event in profile.key_averages() if event.key == "_sparsify_kernel") == 3
+    assert sum(event.count for event in profile.key_averages() if event.key == "sparsify_kernel") == 3
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # fails on any host synchronisation
         y = function()
@@ -137,5 +137,7 @@ def test_a_run_on_a_gpu_goes_on_and_stops_at_a_loss_that_is_not_finite(tmp_path)
     resumed = trainer(max_steps=6, save_strategy="no")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-3)
-    with pytest.raises(UserError, match="the loss is not finite at update 2, micro-batch 0 of process 0"):
-        trainer(max_steps=6, learning_rate=1e30, save_strategy="no").train()
+    poisoned = trainer(max_steps=6, save_strategy="no")
+    poisoned.model.lm_head.weight.data.fill_(torch.inf)
+    with pytest.raises(UserError, match="the loss is not finite at update 1, micro-batch 0 of process 0"):
+        poisoned.train()

@@ -22,7 +22,7 @@ from .backend import Missing, choose
 from .sparsity import check_block_size, check_rescale, check_sparsity, kept_features
 
 if is_triton_available():
-    from .sparsify_triton import Kernels
+    from .sparsify_ops import Kernels
 
 # Floats of one width order like the integers with the same bits once the sign is dropped: that integer type, and the
 # bits of infinity.

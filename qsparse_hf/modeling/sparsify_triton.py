@@ -10,7 +10,6 @@ Shapes: D features of a token, M features of a block, K kept. A tile is `[words]
 where a unit is what one selection ranks: a token, a block, or for M < 32 a word with `fields` = 32 / M blocks.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,13 +66,22 @@ def _matrix(chunks):
     either has feature `k` at bit `k // 2 + 16 * (k % 2)`.
     """
     W: tl.constexpr = chunks[0].shape[0]
+    C: tl.constexpr = chunks[0].shape[1]
     if chunks[0].dtype.primitive_bitwidth == 16:
-        matrix = tl.reshape(_join(chunks, 0, 4), [W, 4, 2, 2, 2]).to(tl.uint16, bitcast=True)
-        even, odd = tl.split(tl.permute(matrix, 0, 4, 3, 1, 2))  # W, the chunk's bits, pair
+        if C == 32:
+            matrix = tl.reshape(chunks[0], [W, 16, 2])
+        else:
+            matrix = tl.permute(
+                tl.reshape(_join(chunks, 0, 4), [W, 4, 2, 2, 2]), 0, 4, 3, 1, 2
+            )  # W, chunk's bits, pair
+        even, odd = tl.split(matrix.to(tl.uint16, bitcast=True))
         return tl.reshape(even.to(tl.uint32) | (odd.to(tl.uint32) << 16), [W, 16])
     else:
-        matrix = tl.reshape(_join(chunks, 0, 8), [W, 2, 2, 2, 2, 2]).to(tl.uint32, bitcast=True)
-        return tl.reshape(tl.permute(matrix, 0, 2, 5, 4, 3, 1), [W, 32])
+        if C == 32:
+            matrix = tl.permute(tl.reshape(chunks[0], [W, 16, 2]), 0, 2, 1)
+        else:
+            matrix = tl.permute(tl.reshape(_join(chunks, 0, 8), [W, 2, 2, 2, 2, 2]), 0, 2, 5, 4, 3, 1)
+        return tl.reshape(matrix.to(tl.uint32, bitcast=True), [W, 32])
 
 
 @triton.jit
@@ -82,26 +90,27 @@ def _split(matrix):
     W: tl.constexpr = matrix.shape[0]
     C: tl.constexpr = matrix.shape[1]
     COUNT: tl.constexpr = matrix.shape[2]
-    low, high = tl.split(tl.permute(tl.reshape(matrix, [W, C, 2, COUNT // 2]), 0, 1, 3, 2))
-    if COUNT == 2:
-        return (tl.reshape(low, [W, C]), tl.reshape(high, [W, C]))
+    if COUNT == 1:
+        return (tl.reshape(matrix, [W, C]),)
     else:
+        low, high = tl.split(tl.permute(tl.reshape(matrix, [W, C, 2, COUNT // 2]), 0, 1, 3, 2))
         return _split(low) + _split(high)
 
 
 @triton.jit
-def _survivors(matrix, kept, DTYPE: tl.constexpr):
+def _survivors(matrix, kept, DTYPE: tl.constexpr, C: tl.constexpr):
     """The chunks that `_matrix` was given, zero where a feature is not kept."""
     W: tl.constexpr = matrix.shape[0]
     if DTYPE.primitive_bitwidth == 16:
         bits = (kept[:, None] >> tl.arange(0, 16).to(tl.uint32)[None, :]) & 0x00010001
         matrix = matrix & (bits * 0xFFFF)
         pairs = tl.join(matrix.to(tl.uint16), (matrix >> 16).to(tl.uint16))  # W, pair, odd
-        chunks = tl.permute(tl.reshape(pairs, [W, 4, 8]), 0, 2, 1)
+        chunks = tl.permute(tl.reshape(pairs, [W, 32 // C, C]), 0, 2, 1)
     else:
         bits = (kept[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
         matrix = matrix & (bits * 0xFFFFFFFF)
-        chunks = tl.reshape(tl.permute(tl.reshape(matrix, [W, 2, 8, 2]), 0, 3, 1, 2), [W, 4, 8])
+        singles = tl.reshape(matrix, [W, 2, 32 // C, C // 2])  # W, odd, chunk, pair
+        chunks = tl.reshape(tl.permute(singles, 0, 3, 1, 2), [W, C, 32 // C])
     return _split(chunks.to(DTYPE, bitcast=True))
 
 
@@ -122,8 +131,30 @@ def _order(STEP: tl.constexpr):
 
 
 @triton.jit
-def _select(planes, valid, keep, MANTISSA: tl.constexpr, C: tl.constexpr):
-    """The `keep` largest of each unit as words of bits, `[units, words, fields]` like `valid`; all if it has fewer."""
+def _count(x):
+    """Set bits of each unit's words."""
+    return tl.sum(_popcount(x), axis=1, keep_dims=True)
+
+
+@triton.jit
+def _count_pair(candidates, first, second):
+    """The counts of candidates with `first`, with both planes, and with `second` alone, in one reduction."""
+    with_first = candidates & first
+    one, both = _popcount(with_first), _popcount(with_first & second)
+    other = _popcount(candidates & second & (first ^ 0xFFFFFFFF))
+    counts = tl.sum(tl.join(tl.join(one, both), tl.join(other, other)), axis=1, keep_dims=True)
+    low, high = tl.split(counts)
+    one, both = tl.split(low)
+    other, _ = tl.split(high)
+    return one, both, other
+
+
+@triton.jit
+def _select(planes, valid, keep, MANTISSA: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr):
+    """The `keep` largest of each unit as words of bits, `[units, words, fields]` like `valid`; all if it has fewer.
+
+    With BITS = 2 a count decides two bits: the counts that the second may need are taken along with the first's.
+    """
     SHAPE: tl.constexpr = [valid.shape[0], valid.shape[1], 1]
     MAGNITUDE: tl.constexpr = len(planes) - 1
     nan = planes[0]
@@ -131,26 +162,30 @@ def _select(planes, valid, keep, MANTISSA: tl.constexpr, C: tl.constexpr):
         nan = nan | planes[bit]
     for bit in tl.static_range(MANTISSA, MAGNITUDE):
         nan = nan & planes[bit]
+    ranks = (tl.reshape(planes[0] | nan, SHAPE),)  # every NaN becomes the first value above infinity
+    for bit in tl.static_range(1, MANTISSA):
+        ranks = ranks + (tl.reshape(planes[bit] & (nan ^ 0xFFFFFFFF), SHAPE),)
+    for bit in tl.static_range(MANTISSA, MAGNITUDE):
+        ranks = ranks + (tl.reshape(planes[bit], SHAPE),)
 
     candidates = valid
     kept = tl.zeros(valid.shape, tl.uint32)
     wanted = tl.zeros([valid.shape[0], 1, valid.shape[2]], tl.int32) + keep
-    for bit in tl.static_range(MAGNITUDE - 1, -1, -1):
-        plane = planes[bit]
-        if bit == 0:
-            plane = plane | nan  # every NaN becomes the first value above infinity
-        elif bit < MANTISSA:
-            plane = plane & (nan ^ 0xFFFFFFFF)
-        plane = tl.reshape(plane, SHAPE)
-        count = tl.sum(_popcount(candidates & plane), axis=1, keep_dims=True)
-        candidates, kept, wanted = _narrow(candidates, kept, wanted, plane, count)
+    PAIRS: tl.constexpr = MAGNITUDE // 2 if BITS == 2 else 0
+    for pair in tl.static_range(PAIRS):
+        first, second = ranks[MAGNITUDE - 1 - 2 * pair], ranks[MAGNITUDE - 2 - 2 * pair]
+        one, both, other = _count_pair(candidates, first, second)
+        few = one < wanted
+        candidates, kept, wanted = _narrow(candidates, kept, wanted, first, one)
+        candidates, kept, wanted = _narrow(candidates, kept, wanted, second, tl.where(few, other, both))
+    for bit in tl.static_range(MAGNITUDE - 2 * PAIRS - 1, -1, -1):
+        candidates, kept, wanted = _narrow(candidates, kept, wanted, ranks[bit], _count(candidates & ranks[bit]))
 
     # What is left is equal: the first by index. An index is, highest first: chunk, word, place in the chunk.
-    CHUNK_STEPS: tl.constexpr = 2 if C == 8 else 3
+    CHUNK_STEPS: tl.constexpr = 0 if C == 32 else (2 if C == 8 else 3)
     for step in tl.static_range(CHUNK_STEPS):
         plane = tl.full(SHAPE, _order(step), tl.uint32)
-        count = tl.sum(_popcount(candidates & plane), axis=1, keep_dims=True)
-        candidates, kept, wanted = _narrow(candidates, kept, wanted, plane, count)
+        candidates, kept, wanted = _narrow(candidates, kept, wanted, plane, _count(candidates & plane))
     if valid.shape[1] > 1:
         count = _popcount(candidates)
         wanted = wanted - (tl.cumsum(count, axis=1) - count)
@@ -204,7 +239,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _sparsify_kernel(
+def sparsify_kernel(
     x_ptr,
     other_ptr,
     y_ptr,
@@ -219,6 +254,7 @@ def _sparsify_kernel(
     TOKENS: tl.constexpr,
     UNITS: tl.constexpr,
     WORDS: tl.constexpr,
+    BITS: tl.constexpr,
     PRODUCER: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
@@ -237,8 +273,9 @@ def _sparsify_kernel(
     start = token * D + unit * UNIT
 
     # Chunk j of a unit's word w is C features from (j * Q + w) * C on: a thread reads 16 bytes, its neighbour reads on.
-    C: tl.constexpr = 128 // VALUE.primitive_bitwidth
+    # Where a unit is one word, threads so far apart would meet half-written sectors: the compiler exchanges it instead.
     Q: tl.constexpr = (UNIT + 31) // 32
+    C: tl.constexpr = 32 if Q == 1 and FIELDS == 1 else 128 // VALUE.primitive_bitwidth
     inside = (token < tokens) & (word % WORDS < Q) & (unit * UNIT < D)
     first_of_token = (word % (UNITS * WORDS) == 0) & (token < tokens)
     WHOLE: tl.constexpr = UNIT % 32 == 0 and D % UNIT == 0
@@ -287,11 +324,11 @@ def _sparsify_kernel(
     valid = tl.reshape(valid, [TOKENS * UNITS, WORDS, 1]) & fields[None, None, :]
     matrix = _matrix(values)
     planes = _transpose_bits(matrix, VALUE.primitive_bitwidth // 2)
-    kept = _select(planes, valid, keep, MANTISSA, C)
+    kept = _select(planes, valid, keep, MANTISSA, C, BITS)
     kept = tl.reshape(tl.sum(kept.to(tl.int32, bitcast=True), axis=2), [W]).to(tl.uint32, bitcast=True)
 
     if EPILOGUE != "mask":
-        values = _survivors(matrix, kept, DTYPE)
+        values = _survivors(matrix, kept, DTYPE, C)
     if EPILOGUE == "l2":
         largest = tl.zeros([W], tl.float32)
         for j in tl.static_range(32 // C):
@@ -319,7 +356,7 @@ def _sparsify_kernel(
 
 
 @triton.jit
-def _glu_backward_kernel(
+def glu_backward_kernel(
     grad_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, elements, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Gradients of `activation(gate) * up`; the mask is the identity (eq. 13)."""
@@ -333,7 +370,7 @@ def _glu_backward_kernel(
 
 
 @triton.jit
-def _rescale_backward_kernel(grad_ptr, y_ptr, norm_ptr, grad_x_ptr, D: tl.constexpr, BLOCK: tl.constexpr):
+def rescale_backward_kernel(grad_ptr, y_ptr, norm_ptr, grad_x_ptr, D: tl.constexpr, BLOCK: tl.constexpr):
     """Gradient of `y = s / |s|` by `s`: `(g - y (y . g)) / |s|`; a token without a norm was left as it is."""
     token = tl.program_id(0).to(tl.int64)
     feature = tl.arange(0, BLOCK)
@@ -348,7 +385,7 @@ def _rescale_backward_kernel(grad_ptr, y_ptr, norm_ptr, grad_x_ptr, D: tl.conste
 
 
 @triton.jit
-def _rms_norm_backward_kernel(
+def rms_norm_backward_kernel(
     grad_ptr,
     x_ptr,
     weight_ptr,
@@ -377,6 +414,16 @@ def _rms_norm_backward_kernel(
     tl.store(grad_weight_ptr + tl.program_id(0) * D + feature, grad_weight, mask=inside)
 
 
+INTERPRETED = not isinstance(sparsify_kernel, triton.JITFunction)
+"""Whether the kernels were made under TRITON_INTERPRET=1, to run on a CPU."""
+
+
+def whole_row(features: int) -> dict[str, int]:
+    """Arguments of a backward kernel whose program holds a row of fp32 values: 16 a thread."""
+    block = triton.next_power_of_2(features)
+    return {"D": features, "BLOCK": block, "num_warps": min(max(block // 512, 1), 32)}
+
+
 @dataclass(frozen=True)
 class _Tile:
     """What one program works on: `tokens` x `units` x `words` of 32 features; `fields` blocks share a word."""
@@ -400,18 +447,25 @@ class _Tile:
         units = triton.next_power_of_2(triton.cdiv(features, unit))
         words = triton.next_power_of_2(triton.cdiv(unit, 32))
         tokens = 1 if units * words >= 64 else 128 // (units * words)
-        # A wide unit gives a thread several words, up to its registers' end: few warps wait for each other in a count.
+        # A warp takes a unit alone while its registers hold it, and four at least share a wider one.
         words_a_thread = min(max(words // 32, 1), 64 // bits)
+        if words > 32 * words_a_thread:
+            words_a_thread = min(words // 128, words_a_thread)
         warps = min(tokens * units * words // (32 * words_a_thread), 32)
         return cls(features, unit, fields, tokens, units, words, warps)
 
     @property
+    def bits(self) -> int:
+        """How many bits a count decides: two where it has warps wait for each other."""
+        return 2 if self.tokens * self.units == 1 and self.warps > 1 else 1
+
+    @property
     def registers(self) -> int | None:
-        """A cap, where with it one more program fits beside the others and nothing spills: three words a thread."""
-        return 128 if triton.cdiv(triton.cdiv(self.unit, 32), 32 * self.warps) == 3 else None
+        """A cap, where with it one more program fits beside the others: three or four words a thread."""
+        return {3: 128, 4: 168}.get(triton.cdiv(triton.cdiv(self.unit, 32), 32 * self.warps))
 
 
-def _launch(
+def launch_sparsify(
     x: Tensor,
     other: Tensor | None,
     y: Tensor,
@@ -432,7 +486,7 @@ def _launch(
     tokens = x.numel() // tile.features
     options = {"maxnreg": tile.registers} if tile.registers and not torch.version.hip else {}
     with torch.cuda.device_of(x):
-        _sparsify_kernel[(triton.cdiv(tokens, tile.tokens),)](
+        sparsify_kernel[(triton.cdiv(tokens, tile.tokens),)](
             x,
             other,
             y,
@@ -447,223 +501,10 @@ def _launch(
             TOKENS=tile.tokens,
             UNITS=tile.units,
             WORDS=tile.words,
+            BITS=tile.bits,
             PRODUCER=producer,
             EPILOGUE=epilogue,
             num_warps=tile.warps,
             **options,
         )
     return rstd, norm
-
-
-def _row_warps(block: int) -> int:
-    """Warps for a row of `block` fp32 values: 16 a thread."""
-    return min(max(block // 512, 1), 32)
-
-
-@torch.library.custom_op("qsparse::topk", mutates_args=())
-def _topk(x: Tensor, keep: int, block_size: int | None, rescale: bool) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    _, norm = _launch(x, None, y, keep, block_size, "none", "l2" if rescale else "none")
-    return y, norm
-
-
-@torch.library.custom_op("qsparse::topk_mask", mutates_args=())
-def _topk_mask(x: Tensor, keep: int, block_size: int | None) -> Tensor:
-    x = x.contiguous()
-    mask = torch.empty_like(x, dtype=torch.bool)
-    _launch(x, None, mask, keep, block_size, "none", "mask")
-    return mask
-
-
-@torch.library.custom_op("qsparse::rms_norm_topk", mutates_args=())
-def _rms_norm_topk(
-    x: Tensor, weight: Tensor, eps: float, keep: int, block_size: int | None, rescale: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.contiguous()
-    y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
-    rstd, norm = _launch(x, weight.contiguous(), y, keep, block_size, "rms_norm", "l2" if rescale else "none", eps)
-    return y, rstd, norm
-
-
-@torch.library.custom_op("qsparse::glu_topk", mutates_args=())
-def _glu_topk(
-    gate: Tensor, up: Tensor, activation: str, keep: int, block_size: int | None, rescale: bool
-) -> tuple[Tensor, Tensor]:
-    gate = gate.contiguous()
-    y = torch.empty_like(gate)
-    _, norm = _launch(gate, up.contiguous(), y, keep, block_size, activation, "l2" if rescale else "none")
-    return y, norm
-
-
-@torch.library.custom_op("qsparse::rescale_backward", mutates_args=())
-def _rescale_backward(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
-    grad_x = torch.empty_like(y)
-    features = y.shape[-1]
-    block = triton.next_power_of_2(features)
-    if y.numel():
-        with torch.cuda.device_of(y):
-            _rescale_backward_kernel[(y.numel() // features,)](
-                grad.contiguous(), y, norm, grad_x, D=features, BLOCK=block, num_warps=_row_warps(block)
-            )
-    return grad_x
-
-
-@torch.library.custom_op("qsparse::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
-    features = x.shape[-1]
-    tokens = x.numel() // features
-    # A few programs for each multiprocessor walk over all tokens: few partial sums, and enough loads under way.
-    programs = 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    programs = min(programs, tokens)
-    grad_x = torch.empty_like(x)
-    grad_weight = x.new_empty(programs, features, dtype=torch.float32)
-    block = triton.next_power_of_2(features)
-    if programs:
-        with torch.cuda.device_of(x):
-            _rms_norm_backward_kernel[(programs,)](
-                grad.contiguous(),
-                x,
-                weight.contiguous(),
-                rstd,
-                grad_x,
-                grad_weight,
-                tokens,
-                D=features,
-                BLOCK=block,
-                num_warps=_row_warps(block),
-            )
-    return grad_x, grad_weight.sum(0).to(weight.dtype)
-
-
-@torch.library.custom_op("qsparse::glu_backward", mutates_args=())
-def _glu_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    gate, up = gate.contiguous(), up.contiguous()
-    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    block = 1024
-    if gate.numel():
-        with torch.cuda.device_of(gate):
-            _glu_backward_kernel[(triton.cdiv(gate.numel(), block),)](
-                grad.contiguous(), gate, up, grad_gate, grad_up, gate.numel(), ACTIVATION=activation, BLOCK=block
-            )
-    return grad_gate, grad_up
-
-
-def _row_values(x: Tensor, wanted: bool) -> Tensor:
-    return x.new_empty(x.shape[:-1] if wanted else 0, dtype=torch.float32)
-
-
-@_topk.register_fake
-def _(x, keep, block_size, rescale):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), _row_values(x, rescale)
-
-
-@_topk_mask.register_fake
-def _(x, keep, block_size):
-    return torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
-
-
-@_rms_norm_topk.register_fake
-def _(x, weight, eps, keep, block_size, rescale):
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    return y, _row_values(x, True), _row_values(x, rescale)
-
-
-@_glu_topk.register_fake
-def _(gate, up, activation, keep, block_size, rescale):
-    return torch.empty_like(gate, memory_format=torch.contiguous_format), _row_values(gate, rescale)
-
-
-@_rescale_backward.register_fake
-def _(grad, y, norm):
-    return torch.empty_like(y)
-
-
-@_rms_norm_backward.register_fake
-def _(grad, x, weight, rstd):
-    contiguous = torch.contiguous_format
-    return torch.empty_like(x, memory_format=contiguous), torch.empty_like(weight, memory_format=contiguous)
-
-
-@_glu_backward.register_fake
-def _(grad, gate, up, activation):
-    contiguous = torch.contiguous_format
-    return torch.empty_like(gate, memory_format=contiguous), torch.empty_like(up, memory_format=contiguous)
-
-
-# The straight-through estimator lets gradients pass the selection as if it were not there, so backward needs nothing of
-# it; a rescale needs its output, which the projection behind it saves anyway.
-
-
-def _save_topk(ctx, inputs, output):
-    y, norm = output
-    ctx.rescale = inputs[-1]
-    ctx.save_for_backward(*((y, norm) if ctx.rescale else ()))
-
-
-def _topk_backward(ctx, grad, _):
-    return _rescale_backward(grad, *ctx.saved_tensors) if ctx.rescale else grad, None, None, None
-
-
-def _save_rms_norm_topk(ctx, inputs, output):
-    x, weight, *_, ctx.rescale = inputs
-    y, rstd, norm = output
-    ctx.save_for_backward(x, weight, rstd, *((y, norm) if ctx.rescale else ()))
-
-
-def _rms_norm_topk_backward(ctx, grad, *_):
-    x, weight, rstd, *rescaled = ctx.saved_tensors
-    if ctx.rescale:
-        grad = _rescale_backward(grad, *rescaled)
-    return *_rms_norm_backward(grad, x, weight, rstd), None, None, None, None
-
-
-def _save_glu_topk(ctx, inputs, output):
-    gate, up, ctx.activation, *_, ctx.rescale = inputs
-    ctx.save_for_backward(gate, up, *(output if ctx.rescale else ()))
-
-
-def _glu_topk_backward(ctx, grad, _):
-    gate, up, *rescaled = ctx.saved_tensors
-    if ctx.rescale:
-        grad = _rescale_backward(grad, *rescaled)
-    return *_glu_backward(grad, gate, up, ctx.activation), None, None, None, None
-
-
-_topk.register_autograd(_topk_backward, setup_context=_save_topk)
-_rms_norm_topk.register_autograd(_rms_norm_topk_backward, setup_context=_save_rms_norm_topk)
-_glu_topk.register_autograd(_glu_topk_backward, setup_context=_save_glu_topk)
-
-
-class Kernels:
-    """The operator on these kernels."""
-
-    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
-        x = tensors[0]
-        for each in tensors:
-            if each.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-                return f"its kernels take bf16, fp16 and fp32, and got {each.dtype}"
-        if x.shape[-1] > 65536:
-            return f"its kernels take up to 65536 features, and x has {x.shape[-1]}"
-        if not x.is_cuda and not asked:
-            return f"its kernels are for GPUs, and x is on {x.device.type}"
-        if not x.is_cuda and isinstance(_sparsify_kernel, triton.JITFunction):
-            return (
-                "its kernels need a GPU (or, to test them, TRITON_INTERPRET=1 in the environment before they are "
-                f"imported), and x is on {x.device.type}"
-            )
-        return None
-
-    def mask(self, x: Tensor, kept: int, block_size: int | None) -> Tensor:
-        return _topk_mask(x, kept, block_size)
-
-    def topk(self, x: Tensor, kept: int, block_size: int | None, rescale: bool) -> Tensor:
-        return _topk(x, kept, block_size, rescale)[0]
-
-    def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, *settings) -> Tensor:
-        return _rms_norm_topk(x, weight, eps, *settings)[0]
-
-    def glu_topk(self, gate: Tensor, up: Tensor, activation: str, *settings) -> Tensor:
-        return _glu_topk(gate, up, activation, *settings)[0]

@@ -1,0 +1,220 @@
+"""The kernels of `sparsify_triton` as PyTorch operators: custom ops with shapes for the compiler and with gradients."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .sparsify_triton import (
+    INTERPRETED,
+    glu_backward_kernel,
+    launch_sparsify,
+    rescale_backward_kernel,
+    rms_norm_backward_kernel,
+    whole_row,
+)
+
+
+@torch.library.custom_op("qsparse::topk", mutates_args=())
+def _topk(x: Tensor, keep: int, block_size: int | None, rescale: bool) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _, norm = launch_sparsify(x, None, y, keep, block_size, "none", "l2" if rescale else "none")
+    return y, norm
+
+
+@torch.library.custom_op("qsparse::topk_mask", mutates_args=())
+def _topk_mask(x: Tensor, keep: int, block_size: int | None) -> Tensor:
+    x = x.contiguous()
+    mask = torch.empty_like(x, dtype=torch.bool)
+    launch_sparsify(x, None, mask, keep, block_size, "none", "mask")
+    return mask
+
+
+@torch.library.custom_op("qsparse::rms_norm_topk", mutates_args=())
+def _rms_norm_topk(
+    x: Tensor, weight: Tensor, eps: float, keep: int, block_size: int | None, rescale: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.contiguous()
+    y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
+    rstd, norm = launch_sparsify(
+        x, weight.contiguous(), y, keep, block_size, "rms_norm", "l2" if rescale else "none", eps
+    )
+    return y, rstd, norm
+
+
+@torch.library.custom_op("qsparse::glu_topk", mutates_args=())
+def _glu_topk(
+    gate: Tensor, up: Tensor, activation: str, keep: int, block_size: int | None, rescale: bool
+) -> tuple[Tensor, Tensor]:
+    gate = gate.contiguous()
+    y = torch.empty_like(gate)
+    _, norm = launch_sparsify(gate, up.contiguous(), y, keep, block_size, activation, "l2" if rescale else "none")
+    return y, norm
+
+
+@torch.library.custom_op("qsparse::rescale_backward", mutates_args=())
+def _rescale_backward(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
+    grad_x = torch.empty_like(y)
+    features = y.shape[-1]
+    if y.numel():
+        with torch.cuda.device_of(y):
+            rescale_backward_kernel[(y.numel() // features,)](grad.contiguous(), y, norm, grad_x, **whole_row(features))
+    return grad_x
+
+
+@torch.library.custom_op("qsparse::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    features = x.shape[-1]
+    tokens = x.numel() // features
+    # A few programs for each multiprocessor walk over all tokens: few partial sums, and enough loads under way.
+    programs = 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    programs = min(programs, tokens)
+    grad_x = torch.empty_like(x)
+    grad_weight = x.new_empty(programs, features, dtype=torch.float32)
+    if programs:
+        with torch.cuda.device_of(x):
+            rms_norm_backward_kernel[(programs,)](
+                grad.contiguous(),
+                x,
+                weight.contiguous(),
+                rstd,
+                grad_x,
+                grad_weight,
+                tokens,
+                **whole_row(features),
+            )
+    return grad_x, grad_weight.sum(0).to(weight.dtype)
+
+
+@torch.library.custom_op("qsparse::glu_backward", mutates_args=())
+def _glu_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    gate, up = gate.contiguous(), up.contiguous()
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    block = 1024
+    if gate.numel():
+        with torch.cuda.device_of(gate):
+            glu_backward_kernel[((gate.numel() + block - 1) // block,)](
+                grad.contiguous(), gate, up, grad_gate, grad_up, gate.numel(), ACTIVATION=activation, BLOCK=block
+            )
+    return grad_gate, grad_up
+
+
+def _row_values(x: Tensor, wanted: bool) -> Tensor:
+    return x.new_empty(x.shape[:-1] if wanted else 0, dtype=torch.float32)
+
+
+@_topk.register_fake
+def _(x, keep, block_size, rescale):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), _row_values(x, rescale)
+
+
+@_topk_mask.register_fake
+def _(x, keep, block_size):
+    return torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
+@_rms_norm_topk.register_fake
+def _(x, weight, eps, keep, block_size, rescale):
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return y, _row_values(x, True), _row_values(x, rescale)
+
+
+@_glu_topk.register_fake
+def _(gate, up, activation, keep, block_size, rescale):
+    return torch.empty_like(gate, memory_format=torch.contiguous_format), _row_values(gate, rescale)
+
+
+@_rescale_backward.register_fake
+def _(grad, y, norm):
+    return torch.empty_like(y)
+
+
+@_rms_norm_backward.register_fake
+def _(grad, x, weight, rstd):
+    contiguous = torch.contiguous_format
+    return torch.empty_like(x, memory_format=contiguous), torch.empty_like(weight, memory_format=contiguous)
+
+
+@_glu_backward.register_fake
+def _(grad, gate, up, activation):
+    contiguous = torch.contiguous_format
+    return torch.empty_like(gate, memory_format=contiguous), torch.empty_like(up, memory_format=contiguous)
+
+
+# The straight-through estimator lets gradients pass the selection as if it were not there, so backward needs nothing of
+# it; a rescale needs its output, which the projection behind it saves anyway.
+
+
+def _save_topk(ctx, inputs, output):
+    y, norm = output
+    ctx.rescale = inputs[-1]
+    ctx.save_for_backward(*((y, norm) if ctx.rescale else ()))
+
+
+def _topk_backward(ctx, grad, _):
+    return _rescale_backward(grad, *ctx.saved_tensors) if ctx.rescale else grad, None, None, None
+
+
+def _save_rms_norm_topk(ctx, inputs, output):
+    x, weight, *_, ctx.rescale = inputs
+    y, rstd, norm = output
+    ctx.save_for_backward(x, weight, rstd, *((y, norm) if ctx.rescale else ()))
+
+
+def _rms_norm_topk_backward(ctx, grad, *_):
+    x, weight, rstd, *rescaled = ctx.saved_tensors
+    if ctx.rescale:
+        grad = _rescale_backward(grad, *rescaled)
+    return *_rms_norm_backward(grad, x, weight, rstd), None, None, None, None
+
+
+def _save_glu_topk(ctx, inputs, output):
+    gate, up, ctx.activation, *_, ctx.rescale = inputs
+    ctx.save_for_backward(gate, up, *(output if ctx.rescale else ()))
+
+
+def _glu_topk_backward(ctx, grad, _):
+    gate, up, *rescaled = ctx.saved_tensors
+    if ctx.rescale:
+        grad = _rescale_backward(grad, *rescaled)
+    return *_glu_backward(grad, gate, up, ctx.activation), None, None, None, None
+
+
+_topk.register_autograd(_topk_backward, setup_context=_save_topk)
+_rms_norm_topk.register_autograd(_rms_norm_topk_backward, setup_context=_save_rms_norm_topk)
+_glu_topk.register_autograd(_glu_topk_backward, setup_context=_save_glu_topk)
+
+
+class Kernels:
+    """The operator on these kernels."""
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        x = tensors[0]
+        for each in tensors:
+            if each.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+                return f"its kernels take bf16, fp16 and fp32, and got {each.dtype}"
+        if x.shape[-1] > 65536:
+            return f"its kernels take up to 65536 features, and x has {x.shape[-1]}"
+        if not x.is_cuda and not asked:
+            return f"its kernels are for GPUs, and x is on {x.device.type}"
+        if not x.is_cuda and not INTERPRETED:
+            return (
+                "its kernels need a GPU (or, to test them, TRITON_INTERPRET=1 in the environment before they are "
+                f"imported), and x is on {x.device.type}"
+            )
+        return None
+
+    def mask(self, x: Tensor, kept: int, block_size: int | None) -> Tensor:
+        return _topk_mask(x, kept, block_size)
+
+    def topk(self, x: Tensor, kept: int, block_size: int | None, rescale: bool) -> Tensor:
+        return _topk(x, kept, block_size, rescale)[0]
+
+    def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, *settings) -> Tensor:
+        return _rms_norm_topk(x, weight, eps, *settings)[0]
+
+    def glu_topk(self, gate: Tensor, up: Tensor, activation: str, *settings) -> Tensor:
+        return _glu_topk(gate, up, activation, *settings)[0]
