@@ -447,10 +447,11 @@ class _Tile:
         units = triton.next_power_of_2(triton.cdiv(features, unit))
         words = triton.next_power_of_2(triton.cdiv(unit, 32))
         tokens = 1 if units * words >= 64 else 128 // (units * words)
-        # A warp takes a unit alone while its registers hold it, and four at least share a wider one.
+        # A warp takes a unit alone while its registers hold it; else four share it, or two where that pads it less.
         words_a_thread = min(max(words // 32, 1), 64 // bits)
         if words > 32 * words_a_thread:
-            words_a_thread = min(words // 128, words_a_thread)
+            sharing = 2 if words == 256 and unit <= 32 * 192 else 4
+            words_a_thread = min(words // (32 * sharing), words_a_thread)
         warps = min(tokens * units * words // (32 * words_a_thread), 32)
         return cls(features, unit, fields, tokens, units, words, warps)
 
