@@ -254,10 +254,11 @@ def test_fused_forms_save_their_inputs_and_no_more(device, backend, form):
     assert sum(t.numel() for t in per_token) <= 15  # a number a token: the norm's
 
 
-@pytest.mark.parametrize("features", [1, 2, 3, 1000, 65536])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("features", [1, 2, 3, 1000, 4097, 5120, 8192, 65536])  # some rows are shared by 2, 4, 16 warps
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-def test_feature_dimensions(device, backend, features):
-    x = torch.randn(2, features, device=device)
+def test_feature_dimensions(device, backend, features, dtype):
+    x = torch.randn(2, features, device=device).to(dtype)
     y = topk_sparsify(x, 0.5, backend=backend)
     assert (y != 0).sum(-1).tolist() == [kept_features(features, 0.5)] * 2
     assert torch.equal(y, topk_sparsify(x, 0.5, backend="reference"))

@@ -435,9 +435,10 @@ class _Tile:
     units: int
     words: int
     warps: int
+    width: int  # bits of a value
 
     @classmethod
-    def of(cls, features: int, block_size: int | None, whole_tokens: bool, bits: int) -> "_Tile":
+    def of(cls, features: int, block_size: int | None, whole_tokens: bool, width: int) -> "_Tile":
         unit = block_size or features
         fields = 1
         if block_size in (2, 4, 8, 16):
@@ -448,12 +449,12 @@ class _Tile:
         words = triton.next_power_of_2(triton.cdiv(unit, 32))
         tokens = 1 if units * words >= 64 else 128 // (units * words)
         # A warp takes a unit alone while its registers hold it; else four share it, or two where that pads it less.
-        words_a_thread = min(max(words // 32, 1), 64 // bits)
+        words_a_thread = min(max(words // 32, 1), 64 // width)
         if words > 32 * words_a_thread:
             sharing = 2 if words == 256 and unit <= 32 * 192 else 4
             words_a_thread = min(words // (32 * sharing), words_a_thread)
         warps = min(tokens * units * words // (32 * words_a_thread), 32)
-        return cls(features, unit, fields, tokens, units, words, warps)
+        return cls(features, unit, fields, tokens, units, words, warps, width)
 
     @property
     def bits(self) -> int:
@@ -462,8 +463,11 @@ class _Tile:
 
     @property
     def registers(self) -> int | None:
-        """A cap, where with it one more program fits beside the others: three or four words a thread."""
-        return {3: 128, 4: 168}.get(triton.cdiv(triton.cdiv(self.unit, 32), 32 * self.warps))
+        """A cap for a 16-bit row, where with it one more program fits beside the others and next to nothing spills."""
+        if self.tokens * self.units > 1 or self.width > 16 or self.warps > 4:
+            return None
+        words_a_thread = triton.cdiv(triton.cdiv(self.unit, 32), 32 * self.warps)
+        return {2: 80 if self.warps > 1 else None, 3: 128, 4: 168}.get(words_a_thread)
 
 
 def launch_sparsify(
