@@ -362,7 +362,7 @@ def test_under_autocast_and_checkpointing():
             ValueError,
             r"'triton' cannot run here.*torch.float64",
         ),
-        ({"backend": "triton", "x": torch.randn(2, 65537)}, ValueError, "up to 65536 features, and x has 65537"),
+        ({"backend": "triton", "x": torch.randn(2, 65537)}, ValueError, "up to 65536 features.* has 65537"),
         ({"x": torch.arange(8)}, TypeError, "torch.int64"),
         ({"x": [1.0, 2.0]}, TypeError, "x must be a tensor of .* got list"),
         ({"x": torch.tensor(1.0)}, ValueError, "last dimension"),
@@ -413,5 +413,5 @@ def test_passing_over_the_kernels_is_said_once(caplog, monkeypatch):
         for _ in range(2):
             topk_sparsify(torch.randn(2, 8), 0.5)
     assert [record.message for record in caplog.records] == [
-        "backend 'triton' is passed over: its kernels are for GPUs, and x is on cpu"
+        "backend 'triton' is passed over: its kernels are for GPUs, and the input is on cpu"
     ]

@@ -235,6 +235,13 @@ def test_mistakes_are_named_before_anything_is_written(run_config, tmp_path, ove
     assert not (tmp_path / "out").exists()
 
 
+def test_a_backend_that_cannot_run_is_named_before_anything_is_written(run_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("qsparse_hf.modeling.backend._ASKED", "bogus")  # what QSPARSE_BACKEND said at import
+    with pytest.raises(UserError, match=r"QSPARSE_BACKEND must be .*'reference', got 'bogus'"):
+        train(str(run_config), [f"output_dir={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_yaml_values_arrive_as_their_field_wants_them(run_config, tmp_path):
     overrides = [
         "save_strategy=no",

@@ -35,18 +35,18 @@ def choose(
 ) -> Implementation:
     """The implementation called `name`, or if that is None the first that takes the tensors.
 
-    The environment variable QSPARSE_BACKEND names one where nobody else does, for whole models. Passing one over is
-    said once, at info level.
+    The environment variable QSPARSE_BACKEND, read at import, names one where nobody else does, for whole models.
+    Passing one over is said once, at info level.
 
     Raises:
         ValueError: `name` is unknown, or what it names cannot run on them.
     """
-    name = name or _ASKED
+    who, name = ("backend", name) if name else ("QSPARSE_BACKEND", _ASKED)
     if name is not None:
         if name not in implementations:
-            raise ValueError(f"backend must be None or one of {', '.join(map(repr, implementations))}, got {name!r}")
+            raise ValueError(f"{who} must be None or one of {', '.join(map(repr, implementations))}, got {name!r}")
         if reason := implementations[name].refuses(tensors, asked=True):
-            raise ValueError(f"backend {name!r} cannot run here: {reason}")
+            raise ValueError(f"{who} {name!r} cannot run here: {reason}")
         return implementations[name]
     for key, implementation in implementations.items():
         reason = implementation.refuses(tensors, asked=False)

@@ -197,13 +197,13 @@ class Kernels:
             if each.dtype not in (torch.bfloat16, torch.float16, torch.float32):
                 return f"its kernels take bf16, fp16 and fp32, and got {each.dtype}"
         if x.shape[-1] > 65536:
-            return f"its kernels take up to 65536 features, and x has {x.shape[-1]}"
+            return f"its kernels take up to 65536 features, and the input has {x.shape[-1]}"
         if not x.is_cuda and not asked:
-            return f"its kernels are for GPUs, and x is on {x.device.type}"
+            return f"its kernels are for GPUs, and the input is on {x.device.type}"
         if not x.is_cuda and not INTERPRETED:
             return (
                 "its kernels need a GPU (or, to test them, TRITON_INTERPRET=1 in the environment before they are "
-                f"imported), and x is on {x.device.type}"
+                f"imported), and the input is on {x.device.type}"
             )
         return None
 

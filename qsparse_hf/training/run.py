@@ -23,6 +23,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
 from ..errors import Interrupted, UserError, first_line, user_errors
+from ..modeling.sparsify import topk_sparsify
 from .data import collate_packed, pack_on_disk
 from .faults import complete_checkpoints
 from .recipe import Recipe, RunArguments, parse
@@ -199,6 +200,10 @@ def _check(recipe: Recipe) -> None:
     if recipe.data.streaming and recipe.training.max_steps < 1:
         raise UserError("a stream has no known length: set max_steps to the number of updates")
     arguments = recipe.training
+    try:
+        topk_sparsify(torch.ones(2, device=arguments.device), 0.5)  # QSPARSE_BACKEND may name what cannot run
+    except ValueError as error:
+        raise UserError(str(error)) from None
     with user_errors("optimizer or schedule"):
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = optimizer_class([torch.zeros(1, requires_grad=True)], **options)
