@@ -71,9 +71,8 @@ def _matrix(chunks):
         if C == 32:
             matrix = tl.reshape(chunks[0], [W, 16, 2])
         else:
-            matrix = tl.permute(
-                tl.reshape(_join(chunks, 0, 4), [W, 4, 2, 2, 2]), 0, 4, 3, 1, 2
-            )  # W, chunk's bits, pair
+            matrix = tl.reshape(_join(chunks, 0, 4), [W, 4, 2, 2, 2])
+            matrix = tl.permute(matrix, 0, 4, 3, 1, 2)  # W, the chunk's bits, pair
         even, odd = tl.split(matrix.to(tl.uint16, bitcast=True))
         return tl.reshape(even.to(tl.uint32) | (odd.to(tl.uint32) << 16), [W, 16])
     else:
