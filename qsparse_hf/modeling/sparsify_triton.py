@@ -274,7 +274,7 @@ def sparsify_kernel(
     # Chunk j of a unit's word w is C features from (j * Q + w) * C on: a thread reads 16 bytes, its neighbour reads on.
     # Where a unit is one word, threads so far apart would meet half-written sectors: the compiler exchanges it instead.
     Q: tl.constexpr = (UNIT + 31) // 32
-    C: tl.constexpr = 32 if Q == 1 and FIELDS == 1 else 128 // VALUE.primitive_bitwidth
+    C: tl.constexpr = 32 if UNIT == 32 and FIELDS == 1 else 128 // VALUE.primitive_bitwidth
     inside = (token < tokens) & (word % WORDS < Q) & (unit * UNIT < D)
     first_of_token = (word % (UNITS * WORDS) == 0) & (token < tokens)
     WHOLE: tl.constexpr = UNIT % 32 == 0 and D % UNIT == 0

@@ -23,7 +23,8 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
 from ..errors import Interrupted, UserError, first_line, user_errors
-from ..modeling.sparsify import topk_sparsify
+from ..modeling.backend import choose
+from ..modeling.sparsify import IMPLS
 from .data import collate_packed, pack_on_disk
 from .faults import complete_checkpoints
 from .recipe import Recipe, RunArguments, parse
@@ -201,7 +202,7 @@ def _check(recipe: Recipe) -> None:
         raise UserError("a stream has no known length: set max_steps to the number of updates")
     arguments = recipe.training
     try:
-        topk_sparsify(torch.ones(2, device=arguments.device), 0.5)  # QSPARSE_BACKEND may name what cannot run
+        choose(IMPLS, [torch.empty(1, device=arguments.device)], None)  # QSPARSE_BACKEND may name what cannot run
     except ValueError as error:
         raise UserError(str(error)) from None
     with user_errors("optimizer or schedule"):
