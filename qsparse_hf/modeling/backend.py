@@ -41,10 +41,11 @@ def choose(
     Raises:
         ValueError: `name` is unknown, or what it names cannot run on them.
     """
-    who, name = ("backend", name) if name else ("QSPARSE_BACKEND", _ASKED)
+    who, nothing, name = ("backend", "None", name) if name else ("QSPARSE_BACKEND", "unset", _ASKED)
     if name is not None:
         if name not in implementations:
-            raise ValueError(f"{who} must be None or one of {', '.join(map(repr, implementations))}, got {name!r}")
+            allowed = ", ".join(map(repr, implementations))
+            raise ValueError(f"{who} must be {nothing} or one of {allowed}, got {name!r}")
         if reason := implementations[name].refuses(tensors, asked=True):
             raise ValueError(f"{who} {name!r} cannot run here: {reason}")
         return implementations[name]

@@ -462,7 +462,7 @@ class _Tile:
 
     @property
     def registers(self) -> int | None:
-        """A cap for a 16-bit row, where with it one more program fits beside the others and next to nothing spills."""
+        """A cap for a 16-bit row, where with it one more program fits and little spills (more with exact GELU)."""
         if self.tokens * self.units > 1 or self.width > 16 or self.warps > 4:
             return None
         words_a_thread = triton.cdiv(triton.cdiv(self.unit, 32), 32 * self.warps)
