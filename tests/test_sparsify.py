@@ -141,10 +141,11 @@ def test_implementations_agree_with_the_reference(device, backend, shape, block_
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_long_rows_with_ties_and_nans(device, backend, dtype):
-    """Rows of many words, where ties are broken across them; what no float16 test value reaches."""
+@pytest.mark.parametrize("features", [3000, 8190])
+def test_long_rows_with_ties_and_nans(device, backend, features, dtype):
+    """Rows of many words, of one warp and of several, where ties are broken across them."""
     generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(5, 3000, generator=generator) * 8).round().div(4).to(dtype)
+    x = (torch.randn(5, features, generator=generator) * 8).round().div(4).to(dtype)
     x[0] = 1  # all equal
     x[1, ::2] = nan  # as many as are kept
     x[2, 5:2900] = inf
@@ -177,7 +178,7 @@ def fused_inputs(form: str, features: int, dtype: torch.dtype, device: str) -> t
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FUSED)
-@pytest.mark.parametrize(("features", "block_size"), [(100, None), (96, 8)])
+@pytest.mark.parametrize(("features", "block_size"), [(100, None), (96, 8), (96, 32)])
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 def test_fused_forms(device, backend, features, block_size, form, dtype):
     """The mask is exact on what the form computes; that and its gradients are the dense form's, within rounding."""
