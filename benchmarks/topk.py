@@ -10,6 +10,7 @@ implementation called "torch": `torch.topk`, a mask, and the order among equals.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,21 +49,35 @@ def forms(x: Tensor, block_sizes: list[int], sparsity: float) -> dict[str, dict[
         }
         for size in block_sizes
     }
+    fused = {}
+    for in_blocks, size in {"": None, " in blocks of 32": 32}.items():
+        for name, dense, ours, inputs in (
+            ("RMSNorm", partial(rms_norm, eps=1e-5), partial(rms_norm_sparsify, eps=1e-5), (x, weight)),
+            ("SiLU(gate) * up", partial(gated, activation="silu"), partial(glu_sparsify, activation="silu"), (x, up)),
+        ):
+            ours = partial(ours, sparsity=sparsity, block_size=size)
+            fused[f"{name} + top-K{in_blocks}"] = {
+                f"compiled {name}": compiled(dense, *inputs),
+                "ours": partial(ours, *inputs),
+                "copy": copy,
+            }
+            if size is None:
+                fused[f"{name} + top-K, forward and backward"] = {
+                    f"compiled {name}": with_gradients(torch.compile(dense, dynamic=False), inputs, up),
+                    "ours": with_gradients(ours, inputs, up),
+                }
     return {
         "top-K": plain,
         **blocks,
         "top-K, L2 rescale": {"copy": copy, "ours": lambda: topk_sparsify(x, sparsity, rescale="l2")},
-        "RMSNorm + top-K": {
-            "compiled RMSNorm": compiled(lambda x, weight: rms_norm(x, weight, 1e-5), x, weight),
-            "ours": lambda: rms_norm_sparsify(x, weight, 1e-5, sparsity),
-            "copy": copy,
-        },
-        "SiLU(gate) * up + top-K": {
-            "compiled SiLU(gate) * up": compiled(lambda x, up: gated(x, up, "silu"), x, up),
-            "ours": lambda: glu_sparsify(x, up, "silu", sparsity),
-            "copy": copy,
-        },
+        **fused,
     }
+
+
+def with_gradients(function: Callable, inputs: tuple[Tensor, ...], upstream: Tensor) -> Callable[[], object]:
+    """The function and its gradients, given the one of its output."""
+    leaves = [each.detach().requires_grad_() for each in inputs]
+    return lambda: torch.autograd.grad(function(*leaves), leaves, upstream)
 
 
 def main() -> None:

@@ -79,6 +79,7 @@ def test_what_ships_to_the_hub_is_flat_and_self_contained(path):
         "huggingface_hub",
         "collections",
         "dataclasses",
+        "hashlib",
         "logging",
         "math",
         "os",

@@ -331,6 +331,8 @@ with torch.no_grad():
 model.save_pretrained(folder + "-again")
 assert torch.equal(AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)(tokens).logits,
                    model(tokens).logits)
+copies = [module for name, module in sys.modules.items() if name.endswith(".sparsify_ops")]
+assert len({copy.NAMESPACE for copy in copies}) == len(copies) == 2, copies  # of operators, which a process has once
 """
 
 

@@ -177,6 +177,8 @@ def _sparsify(
     if sparsity == 0:
         return dense(*inputs)
     kept = kept_features(block_size or x.shape[-1], sparsity)
+    if block_size == 1:  # all survive
+        kept, block_size = x.shape[-1], None
     if ste:
         return getattr(implementation, form)(*inputs, kept, block_size, rescale == "l2")
     x = dense(*inputs)

@@ -1,6 +1,7 @@
 """The kernels of `sparsify_triton` as PyTorch operators: custom ops with shapes for the compiler and with gradients."""
 
 from collections.abc import Sequence
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -14,8 +15,13 @@ from .sparsify_triton import (
     whole_row,
 )
 
+# Operators have one table a process, and a checkpoint's own copy of this file may be loaded beside the package's: a
+# second registration under one name would leave the first copy's operators dangling.
+_PACKAGED = __name__ == "qsparse_hf.modeling.sparsify_ops"
+NAMESPACE = "qsparse" if _PACKAGED else f"qsparse_{sha256(__name__.encode()).hexdigest()[:16]}"
 
-@torch.library.custom_op("qsparse::topk", mutates_args=())
+
+@torch.library.custom_op(f"{NAMESPACE}::topk", mutates_args=())
 def _topk(x: Tensor, keep: int, block_size: int | None, rescale: bool) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     y = torch.empty_like(x)
@@ -23,7 +29,7 @@ def _topk(x: Tensor, keep: int, block_size: int | None, rescale: bool) -> tuple[
     return y, norm
 
 
-@torch.library.custom_op("qsparse::topk_mask", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::topk_mask", mutates_args=())
 def _topk_mask(x: Tensor, keep: int, block_size: int | None) -> Tensor:
     x = x.contiguous()
     mask = torch.empty_like(x, dtype=torch.bool)
@@ -31,7 +37,7 @@ def _topk_mask(x: Tensor, keep: int, block_size: int | None) -> Tensor:
     return mask
 
 
-@torch.library.custom_op("qsparse::rms_norm_topk", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::rms_norm_topk", mutates_args=())
 def _rms_norm_topk(
     x: Tensor, weight: Tensor, eps: float, keep: int, block_size: int | None, rescale: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +49,7 @@ def _rms_norm_topk(
     return y, rstd, norm
 
 
-@torch.library.custom_op("qsparse::glu_topk", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::glu_topk", mutates_args=())
 def _glu_topk(
     gate: Tensor, up: Tensor, activation: str, keep: int, block_size: int | None, rescale: bool
 ) -> tuple[Tensor, Tensor]:
@@ -53,7 +59,7 @@ def _glu_topk(
     return y, norm
 
 
-@torch.library.custom_op("qsparse::rescale_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::rescale_backward", mutates_args=())
 def _rescale_backward(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
     grad_x = torch.empty_like(y)
     features = y.shape[-1]
@@ -63,7 +69,7 @@ def _rescale_backward(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
     return grad_x
 
 
-@torch.library.custom_op("qsparse::rms_norm_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     features = x.shape[-1]
@@ -88,7 +94,7 @@ def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) ->
     return grad_x, grad_weight.sum(0).to(weight.dtype)
 
 
-@torch.library.custom_op("qsparse::glu_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::glu_backward", mutates_args=())
 def _glu_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     gate, up = gate.contiguous(), up.contiguous()
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)

@@ -434,10 +434,10 @@ class _Tile:
     units: int
     words: int
     warps: int
-    width: int  # bits of a value
+    value_bits: int
 
     @classmethod
-    def of(cls, features: int, block_size: int | None, whole_tokens: bool, width: int) -> "_Tile":
+    def of(cls, features: int, block_size: int | None, whole_tokens: bool, value_bits: int) -> "_Tile":
         unit = block_size or features
         fields = 1
         if block_size in (2, 4, 8, 16):
@@ -448,22 +448,21 @@ class _Tile:
         words = triton.next_power_of_2(triton.cdiv(unit, 32))
         tokens = 1 if units * words >= 64 else 128 // (units * words)
         # A warp takes a unit alone while its registers hold it; else four share it, or two where that pads it less.
-        words_a_thread = min(max(words // 32, 1), 64 // width)
+        words_a_thread = min(max(words // 32, 1), 64 // value_bits)
         if words > 32 * words_a_thread:
             sharing = 2 if words == 256 and unit <= 32 * 192 else 4
             words_a_thread = min(words // (32 * sharing), words_a_thread)
         warps = min(tokens * units * words // (32 * words_a_thread), 32)
-        return cls(features, unit, fields, tokens, units, words, warps, width)
+        return cls(features, unit, fields, tokens, units, words, warps, value_bits)
 
     @property
-    def bits(self) -> int:
-        """How many bits a count decides: two where it has warps wait for each other."""
+    def bits_per_count(self) -> int:
+        """How many bits of the magnitude a count decides: two where it has warps wait for each other."""
         return 2 if self.tokens * self.units == 1 and self.warps > 1 else 1
 
-    @property
-    def registers(self) -> int | None:
-        """A cap for a 16-bit row, where with it one more program fits and little spills (more with exact GELU)."""
-        if self.tokens * self.units > 1 or self.width > 16 or self.warps > 4:
+    def registers(self, producer: str) -> int | None:
+        """A cap for a 16-bit row, where one more program fits with it and little spills; exact GELU would spill."""
+        if self.tokens * self.units > 1 or self.value_bits > 16 or self.warps > 4 or producer == "gelu":
             return None
         words_a_thread = triton.cdiv(triton.cdiv(self.unit, 32), 32 * self.warps)
         return {2: 80 if self.warps > 1 else None, 3: 128, 4: 168}.get(words_a_thread)
@@ -488,7 +487,8 @@ def launch_sparsify(
     value = x if epilogue == "mask" else y
     tile = _Tile.of(features, block_size, producer == "rms_norm" or epilogue == "l2", 8 * value.element_size())
     tokens = x.numel() // tile.features
-    options = {"maxnreg": tile.registers} if tile.registers and not torch.version.hip else {}
+    registers = tile.registers(producer)
+    options = {"maxnreg": registers} if registers and not torch.version.hip else {}
     with torch.cuda.device_of(x):
         sparsify_kernel[(triton.cdiv(tokens, tile.tokens),)](
             x,
@@ -505,7 +505,7 @@ def launch_sparsify(
             TOKENS=tile.tokens,
             UNITS=tile.units,
             WORDS=tile.words,
-            BITS=tile.bits,
+            BITS=tile.bits_per_count,
             PRODUCER=producer,
             EPILOGUE=epilogue,
             num_warps=tile.warps,
