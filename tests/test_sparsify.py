@@ -207,6 +207,27 @@ def test_fused_forms(device, backend, features, block_size, form, dtype):
         assert_close(gradient, wanted)
 
 
+@pytest.mark.parametrize("rescale", ["none", "l2"])
+@pytest.mark.parametrize("form", ["topk", "rms_norm", "silu"])
+@pytest.mark.parametrize(
+    ("features", "block_size"), [(96, None), (40, 8), (85, 17), (96, 32), (192, 64), (60, 1), (4100, None)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_survivors_side_by_side(device, backend, dtype, features, block_size, form, rescale):
+    """Put back where they were, they are what the form without `compact` returns."""
+    function, inputs = FUSED[form][0] if form in FUSED else topk_sparsify, fused_inputs("silu", features, dtype, device)
+    inputs = {"topk": inputs[:1], "rms_norm": (inputs[0], inputs[1][0, 0]), "silu": inputs}[form]
+    settings = 0.6, block_size, rescale
+    values, indices = function(*inputs, *settings, backend=backend, compact=True)
+    expected = function(*inputs, *settings, backend=backend).detach()
+    assert indices.shape == values.shape == (3, 5, features - (expected[0, 0] == 0).sum())
+    assert indices.dtype == torch.int32
+    assert not values.requires_grad
+    y = torch.zeros_like(expected).scatter(-1, indices.long(), values)
+    assert_close(y, expected) if rescale == "l2" or form == "rms_norm" else torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("ste", [True, False])
 @pytest.mark.parametrize(("features", "block_size"), [(100, None), (100, 5), (100, 1), (4100, None)])
 @pytest.mark.parametrize("form", ["rms_norm", "silu"])

@@ -13,6 +13,13 @@ _ASKED = os.environ.get("QSPARSE_BACKEND") or None
 _said: set[str] = set()
 
 
+def say_once(level: int, message: str) -> None:
+    """Log a message that has not been logged in this process."""
+    if not torch.compiler.is_compiling() and message not in _said:
+        _said.add(message)
+        logger.log(level, message)
+
+
 class Implementation(Protocol):
     """What `choose` asks of an implementation."""
 
@@ -53,7 +60,5 @@ def choose(
         reason = implementation.refuses(tensors, asked=False)
         if reason is None:
             return implementation
-        if not torch.compiler.is_compiling() and reason not in _said:
-            _said.add(reason)
-            logger.info("backend %r is passed over: %s", key, reason)
+        say_once(logging.INFO, f"backend {key!r} is passed over: {reason}")
     raise ValueError(f"none of the backends {', '.join(map(repr, implementations))} takes these tensors")

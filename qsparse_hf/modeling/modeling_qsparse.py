@@ -9,16 +9,28 @@ B batch, T tokens, D hidden size, H heads, d head size.
 """
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Self
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from .configuration_qsparse import QSparseConfigMixin
-from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify
+from .configuration_qsparse import PROJECTION_GROUPS, QSparseConfigMixin
+from .decode_graph import DecodeGraph, fits
+from .sparse_linear import few_tokens, lay_out, project, put_back
+from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify, Survivors
+
+
+_WITHOUT_STATIC_CACHE = {"cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens"}
+"""Arguments of `generate` with which it makes its own choice of a cache."""
 
 
 def sparsify_settings(config: QSparseConfigMixin, group: str, layer: int) -> tuple[float, int | None, str, bool]:
@@ -59,19 +71,24 @@ class QSparseAttention:
 
     def forward(
         self,
-        hidden_states: Tensor,  # [B, T, D], sparse
+        hidden_states: Tensor | Survivors,  # [B, T, D], sparse
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values=None,
+        residual: Tensor | None = None,  # [B, T, D], is added to the output
+        decode_step: DecodeGraph | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        token_shape = hidden_states.shape[:-1]
-        head_shape = (*token_shape, -1, self.head_dim)
+        query, key, value = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
+        if decode_step is not None:
+            cache = past_key_values.layers[self.layer_idx]
+            output = decode_step.attend(query, key, value, *position_embeddings, cache, attention_mask, self.scaling)
+            return project(self.o_sparsify(output), self.o_proj, residual=residual)[0], None
 
-        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # [B, H, T, d]
-        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
-
+        token_shape = query.shape[:-1]
+        query, key, value = (
+            each.view(*token_shape, -1, self.head_dim).transpose(1, 2) for each in (query, key, value)
+        )  # [B, H, T, d]
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -89,7 +106,7 @@ class QSparseAttention:
             **kwargs,
         )
         output = output.reshape(*token_shape, -1).contiguous()
-        return self.o_proj(self.o_sparsify(output)), weights
+        return project(self.o_sparsify(output), self.o_proj, residual=residual)[0], weights
 
 
 class QSparseMLP:
@@ -98,8 +115,36 @@ class QSparseMLP:
     def add_sparsify(self, config: QSparseConfigMixin, layer: int) -> None:
         self.down_sparsify = GLUSparsify(*sparsify_settings(config, "down", layer))
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, D], sparse
-        return self.down_proj(self.down_sparsify(self.gate_proj(x), self.up_proj(x), self.act_fn))
+    def forward(self, x: Tensor | Survivors, residual: Tensor | None = None) -> Tensor:  # [B, T, D], x sparse
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return project(self.down_sparsify(gate, up, self.act_fn), self.down_proj, residual=residual)[0]
+
+
+class PreparedDecoderLayer:
+    """A decoder layer whose residual sums come with the decode products; mixed into a family's own."""
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        x = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states=x, residual=hidden_states, **kwargs)
+        return self.mlp(self.post_attention_layernorm(hidden_states), residual=hidden_states)
+
+
+@cache
+def _prepared(layer_class: type) -> type:
+    """A layer's class in a prepared model. It keeps its name, by which some tell layers."""
+    return type(layer_class.__name__, (PreparedDecoderLayer, layer_class), {})
+
+
+def projection_groups(layer: nn.Module) -> Iterator[tuple[Sparsify, dict[str, nn.Linear]]]:
+    """What selects in a decoder layer, and the linears that read what it selected, by name."""
+    attention, mlp = layer.self_attn, layer.mlp
+    for block, sparsify, group in (
+        (attention, layer.input_layernorm, "qkv"),
+        (attention, attention.o_sparsify, "o"),
+        (mlp, layer.post_attention_layernorm, "gate_up"),
+        (mlp, mlp.down_sparsify, "down"),
+    ):
+        yield sparsify, {name: getattr(block, name) for name in PROJECTION_GROUPS[group]}
 
 
 class QSparsePreTrainedModel:
@@ -116,15 +161,81 @@ class QSparsePreTrainedModel:
             if isinstance(module, Sparsify):
                 module.factor = factor
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether `prepare_for_decode` was called, and `restore` not since."""
+        return any(isinstance(layer, PreparedDecoderLayer) for layer in self.base_model.layers)
+
+    def prepare_for_decode(self) -> Self:
+        """Make `generate` fast: from now on decoding reads the weights of the surviving features alone.
+
+        The projections' weights change their strides, in place; their names, shapes and values stay, and `restore`
+        undoes it. On a GPU `generate` then also takes a static cache, unless told which, and replays each step as a
+        CUDA graph. Training, prefill and batches too large to gain go on with dense products.
+
+        Returns:
+            the model itself.
+
+        Raises:
+            ValueError: a projection is no plain linear with its weight in memory, but an adapter's, a quantizer's or
+                an offloaded one.
+        """
+        if self.is_prepared:
+            return self
+        layers = self.base_model.layers
+        for number, layer in enumerate(layers):
+            for _, linears in projection_groups(layer):
+                for name, linear in linears.items():
+                    if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor or linear.weight.is_meta:
+                        raise ValueError(
+                            f"prepare_for_decode needs plain linears with their weights in memory, and {name} of layer "
+                            f"{number} is {type(linear).__name__} with a {type(linear.weight.data).__name__} on "
+                            f"{linear.weight.device}; merge adapters before"
+                        )
+        for layer in layers:
+            for sparsify, linears in projection_groups(layer):
+                sparsity = sparsify.settings[0]
+                if sparsity > 0:
+                    lay_out(*linears.values())
+                    sparsify.few = few_tokens(sparsity, layer.mlp.down_proj.weight.device)
+            layer.__class__ = _prepared(type(layer))
+        return self
+
+    def restore(self) -> Self:
+        """Undo `prepare_for_decode`; returns the model itself."""
+        for layer in self.base_model.layers if self.is_prepared else ():
+            for sparsify, linears in projection_groups(layer):
+                if sparsify.few:
+                    put_back(*linears.values())
+                    sparsify.few = 0
+            layer.__class__ = type(layer).__mro__[2]
+        return self
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """For what looks at the weights' strides."""
+        prepared = self.is_prepared
+        self.restore()
+        try:
+            yield
+        finally:
+            if prepared:
+                self.prepare_for_decode()
+
+    def _apply(self, *args, **kwargs) -> Self:  # `.to`, `.half` and their like give each parameter a tensor of its own
+        with self._restored():
+            return super()._apply(*args, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As in Transformers; the folder also loads without this package through `trust_remote_code=True`."""
         declare_auto_model(self)
-        actual_class = type(self)
-        self.__class__ = _unsharded(actual_class)  # saving names the class and copies the file that defines it
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.__class__ = actual_class
+        with self._restored():
+            actual_class = type(self)
+            self.__class__ = _unsharded(actual_class)  # saving names the class and copies the file that defines it
+            try:
+                super().save_pretrained(save_directory, *args, **kwargs)
+            finally:
+                self.__class__ = actual_class
 
 
 class QSparseModel(QSparsePreTrainedModel):
@@ -165,3 +276,44 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    _decode_graph: DecodeGraph | None = None
+
+    def restore(self) -> Self:
+        self._decode_graph = None
+        return super().restore()
+
+    def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs):
+        """As in Transformers; a prepared model on a GPU takes a static cache where nobody asks for another."""
+        if self.is_prepared and self.device.type == "cuda" and not kwargs.keys() & _WITHOUT_STATIC_CACHE:
+            given = generation_config or self.generation_config
+            if given.cache_implementation is None and given.use_cache is not False and not given.prompt_lookup_num_tokens:
+                kwargs["cache_implementation"] = "static"
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """As in Transformers, but for a step that runs as a graph, which has its mask inside."""
+        if self.is_prepared and fits(self, past_key_values, inputs_embeds.shape[1]):
+            return attention_mask
+        return create_masks_for_generate(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+    def get_compiled_call(self, compile_config):
+        """What `generate` decodes with over a static cache: a prepared model's own graph."""
+        compiled = super().get_compiled_call(compile_config)
+        return partial(self._decode, compiled) if self.is_prepared else compiled
+
+    def _decode(self, compiled: Callable, input_ids: Tensor, past_key_values: object, **inputs) -> ModelOutput:
+        if inputs.get("output_attentions") or inputs.get("output_hidden_states"):
+            return self(input_ids=input_ids, past_key_values=past_key_values, **inputs)
+        if not fits(self, past_key_values, input_ids.shape[1]):
+            return compiled(input_ids=input_ids, past_key_values=past_key_values, **inputs)
+        graph = self._decode_graph
+        if graph is None or not graph.serves(past_key_values, input_ids.shape[0]):
+            self._decode_graph = graph = DecodeGraph(self, past_key_values, input_ids.shape[0])
+        return graph(input_ids, inputs.get("position_ids"), inputs.get("attention_mask"))

@@ -9,7 +9,9 @@ can do both in one pass.
 Shapes: D features of a token, M features of a block, K features kept.
 """
 
+import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation, GELUTanh, ReLUSquaredActivation, SiLUActivation
 from transformers.utils import is_triton_available
 
-from .backend import Missing, choose
+from .backend import Missing, choose, say_once
 from .sparsity import check_block_size, check_rescale, check_sparsity, kept_features
 
 if is_triton_available():
@@ -50,6 +52,15 @@ _NAME_OF = {
     GELUActivation: "gelu",
     GELUTanh: "gelu_pytorch_tanh",
 }
+
+
+class Survivors(NamedTuple):
+    """What a selection kept, without the zeros: for products that skip them."""
+
+    values: Tensor
+    """`[..., K]`, of all blocks of a token together."""
+    indices: Tensor
+    """`[..., K]`, int32: which feature each was; in an order that depends on the implementation alone."""
 
 
 def magnitude(x: Tensor) -> Tensor:
@@ -132,6 +143,14 @@ class Composed:
         y = _StraightThrough.apply(x, self.mask(x, kept, block_size))
         return _divide_by_l2_norm(y) if rescale else y
 
+    def survivors(self, form: str, inputs: tuple, kept: int, block_size: int | None, rescale: bool) -> tuple:
+        x = {"topk": lambda x: x, "rms_norm_topk": rms_norm, "glu_topk": gated}[form](*inputs)
+        mask = self.mask(x, kept, block_size)
+        y = _divide_by_l2_norm(torch.where(mask, x, 0)) if rescale else x
+        shape = *x.shape[:-1], kept * (x.shape[-1] // (block_size or x.shape[-1]))
+        indices = mask.nonzero()[:, -1].view(shape)
+        return y.gather(-1, indices), indices.int()
+
     def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, *settings) -> Tensor:
         return self.topk(rms_norm(x, weight, eps), *settings)
 
@@ -145,8 +164,9 @@ IMPLS = {
     "reference": Composed(_mask_by_sort),
 }
 """Implementations by name, the preferred first. Each says what it `refuses`, and has `mask(x, kept, block_size)`, the
-bool mask of what survives, and with the straight-through estimator `topk(x, kept, block_size, rescale)`,
-`rms_norm_topk(x, weight, eps, ...)` and `glu_topk(gate, up, activation, ...)`."""
+bool mask of what survives, with the straight-through estimator `topk(x, kept, block_size, rescale)`,
+`rms_norm_topk(x, weight, eps, ...)` and `glu_topk(gate, up, activation, ...)`, and `survivors(form, inputs, kept, ...)`
+of one of these, values and indices."""
 
 
 def _check_floats(x: Tensor, name: str) -> None:
@@ -164,7 +184,8 @@ def _sparsify(
     rescale: str,
     ste: bool,
     backend: str | None,
-) -> Tensor:
+    compact: bool,
+) -> Tensor | Survivors:
     """The top-K of `dense(*inputs)`, which the method `form` of an implementation computes in one go."""
     x = inputs[0]
     tensors = [each for each in inputs if isinstance(each, Tensor)]
@@ -174,11 +195,14 @@ def _sparsify(
         raise ValueError(f"x must have a last dimension of at least one feature, got shape {tuple(x.shape)}")
     check_block_size(block_size, x.shape[-1])
     implementation = choose(IMPLS, tensors, backend)
-    if sparsity == 0:
+    if sparsity == 0 and not compact:
         return dense(*inputs)
     kept = kept_features(block_size or x.shape[-1], sparsity)
     if block_size == 1:  # all survive
         kept, block_size = x.shape[-1], None
+    if compact:
+        with torch.no_grad():
+            return Survivors(*implementation.survivors(form, inputs, kept, block_size, rescale == "l2"))
     if ste:
         return getattr(implementation, form)(*inputs, kept, block_size, rescale == "l2")
     x = dense(*inputs)
@@ -193,7 +217,8 @@ def topk_sparsify(
     rescale: str = "none",
     ste: bool = True,
     backend: str | None = None,
-) -> Tensor:
+    compact: bool = False,
+) -> Tensor | Survivors:
     """Keep the `K` largest magnitudes of each token and zero the others (eq. 2-3).
 
     Args:
@@ -203,16 +228,17 @@ def topk_sparsify(
         rescale: `"l2"` divides each token by the L2 norm of what survived; its gradient is exact.
         ste: the mask is the identity in the backward pass (eq. 13). False masks the gradient too (eq. 12).
         backend: None for the first in `IMPLS` that takes `x`, or a name there.
+        compact: return the survivors alone, for `sparse_linear`; without a gradient, and at sparsity 0 all features.
 
     Returns:
-        A tensor of `x`'s shape and dtype (`x` itself at sparsity 0).
+        A tensor of `x`'s shape and dtype (`x` itself at sparsity 0), or `Survivors`.
 
     Raises:
         ValueError: an argument outside these ranges, `x` without a feature dimension, a named backend that cannot run.
         TypeError: `x` is not of one of these dtypes.
     """
     _check_floats(x, "x")
-    return _sparsify("topk", lambda x: x, (x,), sparsity, block_size, rescale, ste, backend)
+    return _sparsify("topk", lambda x: x, (x,), sparsity, block_size, rescale, ste, backend, compact)
 
 
 def rms_norm_sparsify(
@@ -224,7 +250,8 @@ def rms_norm_sparsify(
     rescale: str = "none",
     ste: bool = True,
     backend: str | None = None,
-) -> Tensor:
+    compact: bool = False,
+) -> Tensor | Survivors:
     """`topk_sparsify` of the root-mean-square norm of `x`: `x / sqrt(mean(x^2) + eps) * weight`, computed in fp32.
 
     Args:
@@ -248,7 +275,7 @@ def rms_norm_sparsify(
         )
     if not isinstance(eps, int | float) or not eps >= 0:
         raise ValueError(f"eps must be a number >= 0, got {eps!r}")
-    return _sparsify("rms_norm_topk", rms_norm, (x, weight, eps), sparsity, block_size, rescale, ste, backend)
+    return _sparsify("rms_norm_topk", rms_norm, (x, weight, eps), sparsity, block_size, rescale, ste, backend, compact)
 
 
 def glu_sparsify(
@@ -260,7 +287,8 @@ def glu_sparsify(
     rescale: str = "none",
     ste: bool = True,
     backend: str | None = None,
-) -> Tensor:
+    compact: bool = False,
+) -> Tensor | Survivors:
     """`topk_sparsify` of `activation(gate) * up` (eq. 11 with `"relu2"`), both `[..., D]` of one dtype.
 
     Args:
@@ -284,7 +312,7 @@ def glu_sparsify(
             f"gate and up must be alike, got {gate.dtype} {tuple(gate.shape)} on {gate.device} "
             f"and {up.dtype} {tuple(up.shape)} on {up.device}"
         )
-    return _sparsify("glu_topk", gated, (gate, up, activation), sparsity, block_size, rescale, ste, backend)
+    return _sparsify("glu_topk", gated, (gate, up, activation), sparsity, block_size, rescale, ste, backend, compact)
 
 
 class Sparsify(nn.Module):
@@ -300,17 +328,31 @@ class Sparsify(nn.Module):
         self.rescale = rescale
         self.ste = ste
         self.factor = 1.0  # below 1 while training ramps the sparsity up
+        self.few = 0  # for how many tokens at most the survivors alone go on, to a decode product
 
     @property
     def settings(self) -> tuple[float, int | None, str, bool]:
         return self.sparsity * self.factor, self.block_size, self.rescale, self.ste
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compacts(self, x: Tensor) -> bool:
+        """Whether a decode product comes next, which wants the survivors alone."""
+        if self.few == 0 or torch.is_grad_enabled() or self.settings[0] == 0:
+            return False
+        tokens = x.numel() // x.shape[-1]
+        if tokens > self.few and x.ndim == 3 and x.shape[1] == 1:
+            say_once(
+                logging.WARNING,
+                f"decoding {tokens} sequences at once with dense products: at sparsity {self.settings[0]:g} those that "
+                f"skip zeros pay off for up to {self.few}",
+            )
+        return tokens <= self.few
+
+    def forward(self, x: Tensor) -> Tensor | Survivors:
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
             # Attention saves its output for its own backward. Selecting from it again there costs less than a second
             # tensor; an uncompiled model cannot be told so from here.
             return checkpoint(topk_sparsify, x, *self.settings, use_reentrant=False, preserve_rng_state=False)
-        return topk_sparsify(x, *self.settings)
+        return topk_sparsify(x, *self.settings, compact=self.compacts(x))
 
     def extra_repr(self) -> str:
         sparsity, block_size, rescale, ste = self.settings
@@ -327,8 +369,8 @@ class RMSNormSparsify(Sparsify):
     weight: nn.Parameter
     variance_epsilon: float
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm_sparsify(x, self.weight, self.variance_epsilon, *self.settings)
+    def forward(self, x: Tensor) -> Tensor | Survivors:
+        return rms_norm_sparsify(x, self.weight, self.variance_epsilon, *self.settings, compact=self.compacts(x))
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}, {super().extra_repr()}"
@@ -337,9 +379,10 @@ class RMSNormSparsify(Sparsify):
 class GLUSparsify(Sparsify):
     """A gated activation and the sparsification of its output, in one pass for the activations in `ACTIVATIONS`."""
 
-    def forward(self, gate: Tensor, up: Tensor, activation: nn.Module) -> Tensor:
+    def forward(self, gate: Tensor, up: Tensor, activation: nn.Module) -> Tensor | Survivors:
         watched = activation._forward_hooks or activation._forward_pre_hooks or "forward" in vars(activation)
         name = _NAME_OF.get(type(activation))
+        compact = self.compacts(gate)
         if name is None or watched or self.settings[0] == 0:
-            return topk_sparsify(activation(gate) * up, *self.settings)
-        return glu_sparsify(gate, up, name, *self.settings)
+            return topk_sparsify(activation(gate) * up, *self.settings, compact=compact)
+        return glu_sparsify(gate, up, name, *self.settings, compact=compact)

@@ -59,6 +59,24 @@ def _glu_topk(
     return y, norm
 
 
+@torch.library.custom_op(f"{NAMESPACE}::survivors", mutates_args=())
+def _survivors(
+    x: Tensor, other: Tensor | None, producer: str, eps: float, keep: int, block_size: int | None, rescale: bool
+) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    dtype = torch.promote_types(x.dtype, other.dtype) if producer == "rms_norm" else x.dtype
+    shape = _survivors_shape(x, keep, block_size)
+    values = x.new_empty(shape, dtype=dtype)
+    indices = x.new_empty(shape, dtype=torch.int32)
+    other = None if other is None else other.contiguous()
+    launch_sparsify(x, other, values, keep, block_size, producer, "l2" if rescale else "none", eps, indices)
+    return values, indices
+
+
+def _survivors_shape(x: Tensor, keep: int, block_size: int | None) -> tuple[int, ...]:
+    return *x.shape[:-1], keep * (x.shape[-1] // (block_size or x.shape[-1]))
+
+
 @torch.library.custom_op(f"{NAMESPACE}::rescale_backward", mutates_args=())
 def _rescale_backward(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
     grad_x = torch.empty_like(y)
@@ -133,6 +151,13 @@ def _(gate, up, activation, keep, block_size, rescale):
     return torch.empty_like(gate, memory_format=torch.contiguous_format), _row_values(gate, rescale)
 
 
+@_survivors.register_fake
+def _(x, other, producer, eps, keep, block_size, rescale):
+    dtype = torch.promote_types(x.dtype, other.dtype) if producer == "rms_norm" else x.dtype
+    shape = _survivors_shape(x, keep, block_size)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int32)
+
+
 @_rescale_backward.register_fake
 def _(grad, y, norm):
     return torch.empty_like(y)
@@ -194,24 +219,41 @@ _rms_norm_topk.register_autograd(_rms_norm_topk_backward, setup_context=_save_rm
 _glu_topk.register_autograd(_glu_topk_backward, setup_context=_save_glu_topk)
 
 
+def refuses(tensors: Sequence[Tensor], asked: bool) -> str | None:
+    """Why no Triton kernel of ours runs on these, or None; `asked` if somebody named it."""
+    for each in tensors:
+        if each.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"its kernels take bf16, fp16 and fp32, and got {each.dtype}"
+    device = tensors[0].device.type
+    if device != "cuda" and not asked:
+        return f"its kernels are for GPUs, and the input is on {device}"
+    if device != "cuda" and not INTERPRETED:
+        return (
+            "its kernels need a GPU (or, to test them, TRITON_INTERPRET=1 in the environment before they are "
+            f"imported), and the input is on {device}"
+        )
+    return None
+
+
 class Kernels:
     """The operator on these kernels."""
 
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
-        x = tensors[0]
-        for each in tensors:
-            if each.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-                return f"its kernels take bf16, fp16 and fp32, and got {each.dtype}"
-        if x.shape[-1] > 65536:
-            return f"its kernels take up to 65536 features, and the input has {x.shape[-1]}"
-        if not x.is_cuda and not asked:
-            return f"its kernels are for GPUs, and the input is on {x.device.type}"
-        if not x.is_cuda and not INTERPRETED:
-            return (
-                "its kernels need a GPU (or, to test them, TRITON_INTERPRET=1 in the environment before they are "
-                f"imported), and the input is on {x.device.type}"
-            )
-        return None
+        features = tensors[0].shape[-1]
+        if features > 65536:
+            return f"its kernels take up to 65536 features, and the input has {features}"
+        return refuses(tensors, asked)
+
+    def survivors(self, form: str, inputs: tuple, kept: int, block_size: int | None, rescale: bool) -> tuple:
+        x, *others = inputs
+        if form == "topk":
+            other, producer, eps = None, "none", 0.0
+        elif form == "rms_norm_topk":
+            producer, (other, eps) = "rms_norm", others
+        else:
+            other, producer = others
+            eps = 0.0
+        return _survivors(x, other, producer, eps, kept, block_size, rescale)
 
     def mask(self, x: Tensor, kept: int, block_size: int | None) -> Tensor:
         return _topk_mask(x, kept, block_size)

@@ -18,6 +18,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError as error:
     raise ImportError("the fused kernels need the package triton") from error
 
@@ -242,6 +243,7 @@ def sparsify_kernel(
     x_ptr,
     other_ptr,
     y_ptr,
+    indices_ptr,
     rstd_ptr,
     norm_ptr,
     tokens,
@@ -256,12 +258,18 @@ def sparsify_kernel(
     BITS: tl.constexpr,
     PRODUCER: tl.constexpr,
     EPILOGUE: tl.constexpr,
+    COMPACT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One tile: produce, select, finish, store.
 
     The producer is "none", "rms_norm" or the activation of a GLU. The epilogue is "none", "l2" or "mask"; it sees all
-    survivors of a token, as a quantization would want to.
+    survivors of a token, as a quantization would want to. COMPACT stores them side by side, with their indices; it
+    wants tiles of whole tokens. DEPENDENT: see `launch_options`.
     """
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     VALUE: tl.constexpr = x_ptr.dtype.element_ty if EPILOGUE == "mask" else DTYPE
     MANTISSA: tl.constexpr = 23 if VALUE == tl.float32 else (10 if VALUE == tl.float16 else 7)
@@ -326,7 +334,7 @@ def sparsify_kernel(
     kept = _select(planes, valid, keep, MANTISSA, C, BITS)
     kept = tl.reshape(tl.sum(kept.to(tl.int32, bitcast=True), axis=2), [W]).to(tl.uint32, bitcast=True)
 
-    if EPILOGUE != "mask":
+    if EPILOGUE == "l2" or (EPILOGUE == "none" and not COMPACT):
         values = _survivors(matrix, kept, DTYPE, C)
     if EPILOGUE == "l2":
         largest = tl.zeros([W], tl.float32)
@@ -344,6 +352,10 @@ def sparsify_kernel(
         scale = tl.where(known, scale, 1.0)
         inverse = tl.where(known, 1 / norm, 1.0)
         tl.store(norm_ptr + token, tl.where(known, norm / scale, 0.0), mask=first_of_token)
+    if COMPACT:
+        count = tl.reshape(_popcount(kept), [TOKENS, UNITS * WORDS])
+        before = tl.reshape(tl.cumsum(count, axis=1) - count, [W])
+        place_of_word = token * (keep * (D // (UNIT // FIELDS))) + before
     for j in tl.static_range(32 // C):
         if EPILOGUE == "mask":
             value = ((kept[:, None] >> _places(j, C)) & 1) != 0
@@ -351,7 +363,15 @@ def sparsify_kernel(
             value = (values[j].to(tl.float32) * scale[:, None] * inverse[:, None]).to(DTYPE)
         else:
             value = values[j]
-        tl.store(y_ptr + start[:, None] + columns[j], value, mask=masks[j])
+        if COMPACT:
+            place = _places(j, C)
+            before = _popcount(kept[:, None] & ((1 << place) - 1))
+            survives = ((kept[:, None] >> place) & 1) != 0
+            at = place_of_word[:, None] + before
+            tl.store(y_ptr + at, value, mask=survives)
+            tl.store(indices_ptr + at, unit[:, None] * UNIT + columns[j], mask=survives)
+        else:
+            tl.store(y_ptr + start[:, None] + columns[j], value, mask=masks[j])
 
 
 @triton.jit
@@ -417,6 +437,16 @@ INTERPRETED = not isinstance(sparsify_kernel, triton.JITFunction)
 """Whether the kernels were made under TRITON_INTERPRET=1, to run on a CPU."""
 
 
+def launch_options(x: Tensor) -> dict[str, bool]:
+    """Of the kernels of a decode step, each of which is over in microseconds: launch while the one before ends.
+
+    Such a kernel waits for the one before with `gdc_wait` ahead of its first access to memory (Hopper's programmatic
+    dependent launch).
+    """
+    supported = x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"launch_pdl": True} if supported else {}
+
+
 def whole_row(features: int) -> dict[str, int]:
     """Arguments of a backward kernel whose program holds a row of fp32 values: 16 a thread."""
     block = triton.next_power_of_2(features)
@@ -435,9 +465,13 @@ class _Tile:
     words: int
     warps: int
     value_bits: int
+    few: bool
 
     @classmethod
-    def of(cls, features: int, block_size: int | None, whole_tokens: bool, value_bits: int) -> "_Tile":
+    def of(
+        cls, features: int, block_size: int | None, whole_tokens: bool, value_bits: int, few: bool = False
+    ) -> "_Tile":
+        """For a tensor that fills the GPU, or for `few` tokens, of which each is to be done soon."""
         unit = block_size or features
         fields = 1
         if block_size in (2, 4, 8, 16):
@@ -452,8 +486,10 @@ class _Tile:
         if words > 32 * words_a_thread:
             sharing = 2 if words == 256 and unit <= 32 * 192 else 4
             words_a_thread = min(words // (32 * sharing), words_a_thread)
+        if few:
+            words_a_thread = 1
         warps = min(tokens * units * words // (32 * words_a_thread), 32)
-        return cls(features, unit, fields, tokens, units, words, warps, value_bits)
+        return cls(features, unit, fields, tokens, units, words, warps, value_bits, few)
 
     @property
     def bits_per_count(self) -> int:
@@ -462,7 +498,7 @@ class _Tile:
 
     def registers(self, producer: str) -> int | None:
         """A cap for a 16-bit row, where one more program fits with it and little spills; exact GELU would spill."""
-        if self.tokens * self.units > 1 or self.value_bits > 16 or self.warps > 4 or producer == "gelu":
+        if self.few or self.tokens * self.units > 1 or self.value_bits > 16 or self.warps > 4 or producer == "gelu":
             return None
         words_a_thread = triton.cdiv(triton.cdiv(self.unit, 32), 32 * self.warps)
         return {2: 80 if self.warps > 1 else None, 3: 128, 4: 168}.get(words_a_thread)
@@ -477,23 +513,32 @@ def launch_sparsify(
     producer: str,
     epilogue: str,
     eps: float = 0.0,
+    indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel over `x [..., D]` into `y`; returns `rstd` and `norm`, fp32 `[...]`, empty where not computed."""
+    """Run the kernel over `x [..., D]` into `y`; returns `rstd` and `norm`, fp32 `[...]`, empty where not computed.
+
+    With `indices`, both that and `y` are `[..., K]`: the survivors of few tokens side by side.
+    """
+    compact = indices is not None
     features = x.shape[-1]
     rstd = x.new_empty(x.shape[:-1] if producer == "rms_norm" else 0, dtype=torch.float32)
     norm = x.new_empty(x.shape[:-1] if epilogue == "l2" else 0, dtype=torch.float32)
     if x.numel() == 0:
         return rstd, norm
     value = x if epilogue == "mask" else y
-    tile = _Tile.of(features, block_size, producer == "rms_norm" or epilogue == "l2", 8 * value.element_size())
+    whole_tokens = producer == "rms_norm" or epilogue == "l2" or compact
+    tile = _Tile.of(features, block_size, whole_tokens, 8 * value.element_size(), compact)
     tokens = x.numel() // tile.features
     registers = tile.registers(producer)
     options = {"maxnreg": registers} if registers and not torch.version.hip else {}
+    if compact:
+        options |= launch_options(x)
     with torch.cuda.device_of(x):
         sparsify_kernel[(triton.cdiv(tokens, tile.tokens),)](
             x,
             other,
             y,
+            indices,
             rstd,
             norm,
             tokens,
@@ -508,6 +553,8 @@ def launch_sparsify(
             BITS=tile.bits_per_count,
             PRODUCER=producer,
             EPILOGUE=epilogue,
+            COMPACT=compact,
+            DEPENDENT="launch_pdl" in options,
             num_warps=tile.warps,
             **options,
         )

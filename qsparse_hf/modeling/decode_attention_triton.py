@@ -1,0 +1,194 @@
+"""Triton kernel of a decode step's attention: rotary embedding, the static cache's new entry, softmax, sum; in one.
+
+One token a sequence. PyTorch has each part, but as some twenty kernels, and a decode step consists of launches.
+
+Shapes: B sequences, H query heads, G of them a key-value head, d head size, L entries of the cache.
+"""
+
+import torch
+from torch import Tensor
+
+from .sparsify_triton import launch_options
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError as error:
+    raise ImportError("the decode attention needs the package triton") from error
+
+_BLOCK = 64
+"""Entries of the cache that a program reads at a time."""
+
+
+@triton.jit
+def _rotated(low, high, cos_ptr, sin_ptr, HALF: tl.constexpr):
+    """A head's halves after the rotary embedding, rounded where Transformers rounds them."""
+    at = tl.arange(0, HALF)
+    dtype = low.dtype
+    cos_low, cos_high = tl.load(cos_ptr + at).to(tl.float32), tl.load(cos_ptr + HALF + at).to(tl.float32)
+    sin_low, sin_high = tl.load(sin_ptr + at).to(tl.float32), tl.load(sin_ptr + HALF + at).to(tl.float32)
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    new_low = (low * cos_low).to(dtype).to(tl.float32) - (high * sin_low).to(dtype).to(tl.float32)
+    new_high = (high * cos_high).to(dtype).to(tl.float32) + (low * sin_high).to(dtype).to(tl.float32)
+    return new_low.to(dtype), new_high.to(dtype)
+
+
+@triton.jit
+def decode_attention_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    token_stride,
+    cos_ptr,
+    sin_ptr,
+    keys_ptr,
+    values_ptr,
+    length_ptr,
+    mask_ptr,
+    mask_stride,
+    y_ptr,
+    partial_ptr,
+    arrived_ptr,
+    scaling,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    L: tl.constexpr,
+    HALF: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """A query head over one of SPLITS parts of the cache; the last part to arrive joins them."""
+    d: tl.constexpr = 2 * HALF
+    sequence, head = tl.program_id(0) // H, tl.program_id(0) % H
+    half, whole = tl.arange(0, HALF), tl.arange(0, d)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    length = tl.load(length_ptr).to(tl.int32)  # entries before this one
+    query_ptr += sequence * token_stride + head * d
+    key_ptr += sequence * token_stride + head // G * d
+    value_ptr += sequence * token_stride + head // G * d
+    cos_ptr += sequence * d
+    sin_ptr += sequence * d
+    low, high = _rotated(tl.load(query_ptr + half), tl.load(query_ptr + HALF + half), cos_ptr, sin_ptr, HALF)
+    new_low, new_high = _rotated(tl.load(key_ptr + half), tl.load(key_ptr + HALF + half), cos_ptr, sin_ptr, HALF)
+    new_value = tl.load(value_ptr + whole)
+    low, high = low.to(tl.float32) * scaling, high.to(tl.float32) * scaling
+
+    entries = (sequence * (H // G) + head // G).to(tl.int64) * L * d
+    keys_ptr += entries
+    values_ptr += entries
+    split = tl.program_id(1)
+    largest, total, sums = -float("inf"), 0.0, tl.zeros([d], tl.float32)
+    if split == 0:
+        # The new entry is not read back: other heads of its group may write it later than this one would read.
+        if head % G == 0:
+            tl.store(keys_ptr + length * d + half, new_low)
+            tl.store(keys_ptr + length * d + HALF + half, new_high)
+            tl.store(values_ptr + length * d + whole, new_value)
+        largest = tl.sum(low * new_low.to(tl.float32) + high * new_high.to(tl.float32), axis=0)
+        total = 1.0
+        sums = new_value.to(tl.float32)
+    part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    for start in range(split * part, tl.minimum((split + 1) * part, length), BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        inside = entry < length
+        at = entry[:, None] * d
+        key_low = tl.load(keys_ptr + at + half[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        key_high = tl.load(keys_ptr + at + HALF + half[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        value = tl.load(values_ptr + at + whole[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        if mask_ptr is not None:
+            inside = inside & (tl.load(mask_ptr + sequence * mask_stride + entry, mask=inside, other=0) != 0)
+        score = tl.sum(key_low * low[None, :] + key_high * high[None, :], axis=1)
+        score = tl.where(inside, score, -float("inf"))
+        new_largest = tl.maximum(largest, tl.max(score, axis=0))
+        if new_largest > -float("inf"):
+            shrink = tl.exp(largest - new_largest)
+            weight = tl.exp(score - new_largest)
+            total = total * shrink + tl.sum(weight, axis=0)
+            sums = sums * shrink + tl.sum(value * weight[:, None], axis=0)
+            largest = new_largest
+    y_ptr += (sequence * H + head) * d
+    if SPLITS == 1:
+        tl.store(y_ptr + whole, (sums / total).to(y_ptr.dtype.element_ty))
+    else:
+        partial_ptr += tl.program_id(0) * SPLITS * (d + 2)
+        mine = partial_ptr + split * (d + 2)
+        tl.store(mine + whole, sums)
+        tl.store(mine + d, largest)
+        tl.store(mine + d + 1, total)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        if tl.atomic_add(arrived_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1:
+            tl.store(arrived_ptr + tl.program_id(0), 0)  # as the next launch wants it
+            parts = tl.arange(0, SPLITS) * (d + 2)
+            largest = tl.load(partial_ptr + parts + d, cache_modifier=".cg")
+            shrink = tl.exp(largest - tl.max(largest, axis=0))  # the first part has the new entry: this is finite
+            total = tl.sum(tl.load(partial_ptr + parts + d + 1, cache_modifier=".cg") * shrink, axis=0)
+            sums = tl.load(partial_ptr + parts[:, None] + whole[None, :], cache_modifier=".cg")
+            tl.store(y_ptr + whole, (tl.sum(sums * shrink[:, None], axis=0) / total).to(y_ptr.dtype.element_ty))
+
+
+def splits_of(entries: int) -> int:
+    """In how many parts a cache of that many entries is read, a power of two."""
+    return min(triton.next_power_of_2(triton.cdiv(entries, 256)), 16)
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    arrived: Tensor,
+) -> Tensor:
+    """One token's attention over a static cache, which gets its key and value; `[B, 1, H * d]`.
+
+    Args:
+        query: `[B, 1, H * d]`; it, key and value `[B, 1, H / G * d]` may be parts of one tensor `[B, 1, N]`.
+        cos: `[B, 1, d]`, as `sin`: the rotary embedding at each token's position.
+        keys: `[B, H / G, L, d]`, contiguous, as `values`: the cache.
+        length: int64, one number on the device: how many entries the cache has. It is left as it is.
+        mask: `[B, 1, 1, >= L]`, bool: which entries count, for padding; None for all. The new one counts anyway.
+        arrived: int32, at least B * H zeros, and left so.
+    """
+    sequences, kv_heads, entries, d = keys.shape
+    heads = query.shape[-1] // d
+    splits = splits_of(entries)
+    y = query.new_empty(sequences, 1, heads * d)
+    partial = y.new_empty(sequences * heads * splits * (d + 2) if splits > 1 else 0, dtype=torch.float32)
+    options = launch_options(query)
+    with torch.cuda.device_of(query):
+        decode_attention_kernel[(sequences * heads, splits)](
+            query,
+            key,
+            value,
+            query.stride(0),
+            cos,
+            sin,
+            keys,
+            values,
+            length,
+            mask,
+            0 if mask is None else mask.stride(0),
+            y,
+            partial,
+            arrived,
+            scaling,
+            H=heads,
+            G=heads // kv_heads,
+            L=entries,
+            HALF=d // 2,
+            SPLITS=splits,
+            BLOCK=_BLOCK,
+            DEPENDENT=bool(options),
+            num_warps=4,
+            **options,
+        )
+    return y

@@ -1,0 +1,115 @@
+"""A decode step as one CUDA graph: a model's forward for one token a sequence over a static cache, replayed.
+
+A step is some three hundred short kernels; launched one by one they cost many times what they compute. PyTorch compiles
+a step into a graph too (and Transformers' `generate` asks for that), in half a minute or more and for the shapes at
+hand; this one is captured from the prepared model as it is, in less than a second.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import is_triton_available
+
+if is_triton_available():
+    from .decode_attention_triton import decode_attention
+
+
+def _has_room(layer: CacheLayerMixin) -> bool:
+    """Whether the next entry goes where the last one ended: not in a window that is full and moves."""
+    if type(layer) is StaticSlidingWindowLayer:
+        return layer.is_initialized and layer.cumulative_length_int < layer.max_cache_len
+    return type(layer) is StaticLayer and layer.is_initialized
+
+
+def fits(model: nn.Module, cache: object, length: int) -> bool:
+    """Whether a forward over `length` tokens a sequence and this cache can be such a step."""
+    head_size = model.config.head_dim
+    return (
+        length == 1
+        and is_triton_available()
+        and model.device.type == "cuda"
+        and len(set(getattr(model, "hf_device_map", {}).values())) <= 1
+        and model.config._attn_implementation in ("sdpa", "eager")
+        and head_size & (head_size - 1) == 0
+        and isinstance(cache, Cache)
+        and all(_has_room(layer) for layer in cache.layers)
+    )
+
+
+class DecodeGraph:
+    """A model's decode step over one cache.
+
+    Its inputs are copied to where the graph reads them; its logits are overwritten by the next step.
+    """
+
+    def __init__(self, model: nn.Module, cache: Cache, sequences: int) -> None:
+        entries = max(layer.max_cache_len for layer in cache.layers)
+        device = model.device
+        self.model = model
+        self.cache = cache
+        self.tokens = torch.zeros(sequences, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros_like(self.tokens)
+        self.mask = torch.ones(sequences, 1, 1, entries, dtype=torch.bool, device=device)
+        self.lengths = [layer.cumulative_length for layer in cache.layers]
+        heads = model.config.num_attention_heads
+        self.arrived = torch.zeros(sequences * heads, dtype=torch.int32, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def serves(self, cache: Cache, sequences: int) -> bool:
+        return cache is self.cache and sequences == self.tokens.shape[0]
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        layer: StaticLayer,
+        mask: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """What an attention module does between its projections."""
+        return decode_attention(
+            query, key, value, cos, sin, layer.keys, layer.values, self.lengths[0], mask, scaling, self.arrived
+        )
+
+    def _step(self) -> Tensor:
+        outputs = self.model(
+            self.tokens,
+            position_ids=self.positions,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            decode_step=self,
+        )
+        torch._foreach_add_(self.lengths, 1)
+        return outputs.logits
+
+    def _capture(self) -> None:
+        # Kernels are compiled and libraries make their plans in a step that is then taken back.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step()
+            torch._foreach_sub_(self.lengths, 1)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits = self._step()
+        self.graph = graph
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None):
+        self.tokens.copy_(input_ids)
+        self.positions.copy_(self.lengths[0] if position_ids is None else position_ids)
+        if attention_mask is not None:
+            self.mask[:, 0, 0, : attention_mask.shape[1]].copy_(attention_mask)
+        if self.graph is None:
+            self._capture()
+        self.graph.replay()
+        for layer in self.cache.layers:
+            if type(layer) is StaticSlidingWindowLayer:
+                layer.cumulative_length_int += 1
+        return CausalLMOutputWithPast(logits=self.logits, past_key_values=self.cache)

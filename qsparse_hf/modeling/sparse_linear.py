@@ -1,0 +1,187 @@
+"""The decode product: for a few tokens, the weights of the features that survived a selection, and no others.
+
+It wants the weight input-major, so that a feature's weights are one contiguous row. That is a matter of strides:
+`lay_out` gives the parameters of linears such strides, those that read one input side by side in one tensor, and
+`put_back` the usual ones. Names, shapes and values stay, and nothing is kept twice.
+
+Shapes: T tokens, D features in, K of them kept, N features out.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import is_triton_available
+
+from .backend import Missing, choose
+from .sparsify import Survivors
+
+if is_triton_available():
+    from .sparse_linear_triton import Kernels
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Composed:
+    """The product from PyTorch's parts, around a way to sum weighted rows: `sum(values, indices, weight)`, fp32."""
+
+    def __init__(self, sum_rows) -> None:
+        self.sum_rows = sum_rows
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        return None
+
+    def product(
+        self, values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        y = self.sum_rows(values.flatten(0, -2), indices.flatten(0, -2), weight)
+        if bias is not None:
+            y = y + bias
+        y = y.to(values.dtype).unflatten(0, values.shape[:-1])
+        return y if residual is None else residual + y
+
+
+def _sum_of_bags(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """`embedding_bag` is this product: rows by index, with weights, summed in fp32. A bag is a thread's, so the rows are
+    cut into as many pieces as there are threads for a token."""
+    tokens, kept = values.shape
+    threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
+    pieces = math.gcd(max(threads // max(tokens, 1), 1), weight.shape[1])
+    piece = torch.arange(pieces, dtype=indices.dtype, device=indices.device)
+    indices = (indices[:, None, :] * pieces + piece[:, None]).flatten()
+    offsets = torch.arange(tokens * pieces, dtype=indices.dtype, device=indices.device) * kept
+    values = values[:, None, :].expand(-1, pieces, -1).flatten()
+    bags = F.embedding_bag(indices, weight.view(-1, weight.shape[1] // pieces), offsets, mode="sum", per_sample_weights=values)
+    return bags.view(tokens, -1)
+
+
+def _sum_as_written(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """Gathers the rows, `[T, K, N]`: every other way is held against it."""
+    return torch.einsum("tk,tkn->tn", values.float(), weight[indices.long()].float())
+
+
+IMPLS = {
+    "triton": Kernels() if is_triton_available() else Missing("the package triton is not installed"),
+    "torch": Composed(_sum_of_bags),
+    "reference": Composed(_sum_as_written),
+}
+"""Implementations by name, the preferred first. Each says what it `refuses`, and has
+`product(values, indices, weight, bias, residual)`."""
+
+
+def sparse_linear(
+    kept: Survivors,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`x @ weight + bias`, then `+ residual`, for an `x` of which only what was kept is given. No gradient.
+
+    Sums in fp32, in an order that depends on shapes alone; rounds where a linear and an addition behind it would.
+
+    Args:
+        kept: values and indices `[..., K]`, as `topk_sparsify(..., compact=True)` returns them.
+        weight: `[D, N]`, contiguous; bf16, fp16 or fp32 as the values.
+        bias: `[N]`.
+        residual: `[..., N]`.
+        backend: None for the first in `IMPLS` that takes them, or a name there.
+
+    Returns:
+        `[..., N]` of their dtype.
+
+    Raises:
+        ValueError: shapes that do not go together, a weight that is not contiguous, a named backend that cannot run.
+        TypeError: dtypes that differ or are not of these.
+    """
+    values, indices = kept
+    given = [each for each in (values, weight, bias, residual) if each is not None]
+    if values.dtype not in _DTYPES or any(each.dtype != values.dtype for each in given):
+        allowed = ", ".join(map(str, _DTYPES))
+        raise TypeError(f"all must be of one dtype of {allowed}, got {', '.join(str(each.dtype) for each in given)}")
+    if weight.ndim != 2 or not weight.is_contiguous():
+        raise ValueError(
+            f"weight must be [features in, features out] and contiguous, got shape {tuple(weight.shape)} with strides "
+            f"{weight.stride()}"
+        )
+    shape = *values.shape[:-1], weight.shape[1]
+    if indices.shape != values.shape or values.shape[-1] > weight.shape[0]:
+        raise ValueError(
+            f"values and indices must be alike and have at most {weight.shape[0]} features, got {tuple(values.shape)} "
+            f"and {tuple(indices.shape)}"
+        )
+    for name, each, wanted in (("bias", bias, shape[-1:]), ("residual", residual, shape)):
+        if each is not None and each.shape != wanted:
+            raise ValueError(f"{name} must have shape {tuple(wanted)}, got {tuple(each.shape)}")
+    with torch.no_grad():
+        return choose(IMPLS, given, backend).product(values, indices, weight, bias, residual)
+
+
+class Rows:
+    """The weights of linears that read one input, input-major and side by side: their parameters are views of this."""
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.sizes = [linear.out_features for linear in linears]
+        self.weight = torch.cat([linear.weight.detach().t() for linear in linears], dim=1)  # [D, N], contiguous
+        biases = [linear.bias for linear in linears]
+        self.bias = None
+        if any(bias is not None for bias in biases):
+            zero = self.weight.new_zeros
+            parts = [zero(n) if bias is None else bias for bias, n in zip(biases, self.sizes, strict=True)]
+            self.bias = torch.cat(parts).detach()
+        for linear, part in zip(linears, self.weight.split(self.sizes, dim=1), strict=True):
+            linear.weight.data = part.t()
+
+
+class InputMajorLinear(nn.Linear):
+    """A linear whose weight lies input-major; for more tokens than a few, the dense product it always was."""
+
+    rows: Rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype != torch.float32:
+            # PyTorch's fast product in low precision wants the usual strides: give them to a part of the weight at a time.
+            bias = self.bias.split(_PART) if self.bias is not None else [None] * len(self.weight.split(_PART))
+            parts = zip(self.weight.split(_PART), bias, strict=True)
+            return torch.cat([F.linear(x, part.contiguous(), bias) for part, bias in parts], dim=-1)
+        return super().forward(x)
+
+
+_PART = 1024  # features out
+
+
+def few_tokens(sparsity: float, device: torch.device) -> int:
+    """For how many tokens at most the product of survivors is faster than the dense one: their rows add up."""
+    if device.type == "cpu":
+        return 16
+    return max(int(1 / (1 - sparsity) + 1e-9), 1)
+
+
+def lay_out(*linears: nn.Linear) -> None:
+    """Give linears that read one input an input-major weight, in one tensor; takes the memory of that for a moment."""
+    rows = Rows(linears)
+    for linear in linears:
+        linear.__class__ = InputMajorLinear
+        linear.rows = rows
+
+
+def put_back(*linears: nn.Linear) -> None:
+    """Undo `lay_out`."""
+    for linear in linears:
+        linear.weight.data = linear.weight.data.contiguous()
+        linear.__class__ = nn.Linear
+        del linear.rows
+
+
+def project(x: Tensor | Survivors, *linears: nn.Linear, residual: Tensor | None = None) -> tuple[Tensor, ...]:
+    """What each linear makes of `x`, plus the residual where there is one; of survivors in one product.
+
+    Survivors ask for linears that were laid out together.
+    """
+    if isinstance(x, Survivors):
+        rows = linears[0].rows
+        return sparse_linear(x, rows.weight, rows.bias, residual).split(rows.sizes, dim=-1)
+    outputs = tuple(linear(x) for linear in linears)
+    return outputs if residual is None else tuple(residual + output for output in outputs)

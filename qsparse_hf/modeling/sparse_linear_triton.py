@@ -1,0 +1,179 @@
+"""Triton kernel of the decode product: the weight's rows of the features that survived, and no others.
+
+Shapes: T tokens, D features in, K of them kept, N features out. The weight is input-major, `[D, N]`: a feature that is
+not kept is a contiguous row that is not read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .sparsify_ops import NAMESPACE, refuses
+from .sparsify_triton import launch_options
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError as error:
+    raise ImportError("the decode product's kernel needs the package triton") from error
+
+
+@triton.jit
+def sparse_linear_kernel(
+    values_ptr,
+    indices_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    y_ptr,
+    partial_ptr,
+    arrived_ptr,
+    K,
+    N,
+    per_split,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    """One token, COLUMNS features out, one of SPLITS parts of the kept features, ROWS at a time.
+
+    The last of a tile's parts to arrive adds them up, in their order: the result does not depend on who was last.
+    """
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    token = tl.program_id(1)
+    inside = columns < N
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    start = tl.program_id(2) * per_split
+    for at in tl.range(start, tl.minimum(start + per_split, K), ROWS, num_stages=STAGES):
+        place = at + tl.arange(0, ROWS)
+        kept = place < K
+        value = tl.load(values_ptr + token * K + place, mask=kept, other=0.0)
+        row = tl.load(indices_ptr + token * K + place, mask=kept, other=0)
+        weight = tl.load(
+            weight_ptr + row[:, None].to(tl.int64) * N + columns[None, :],
+            mask=kept[:, None] & inside[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        sums += value.to(tl.float32)[:, None] * weight.to(tl.float32)
+    y = tl.sum(sums, axis=0)
+    last = True
+    if SPLITS > 1:
+        tl.store(partial_ptr + (tl.program_id(2) * tl.num_programs(1) + token) * N + columns, y, mask=inside)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        tile = token * tl.num_programs(0) + tl.program_id(0)
+        last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+        if last:
+            tl.store(arrived_ptr + tile, 0)  # as the next launch wants it
+            part = tl.arange(0, SPLITS)[:, None]
+            parts = tl.load(
+                partial_ptr + (part * tl.num_programs(1) + token) * N + columns[None, :],
+                mask=inside[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            y = tl.sum(parts, axis=0)
+    if last:
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        y = y.to(y_ptr.dtype.element_ty)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + token * N + columns, mask=inside, other=0.0)
+            y = (residual.to(tl.float32) + y.to(tl.float32)).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + token * N + columns, y, mask=inside)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """What one program works on."""
+
+    rows: int
+    columns: int
+    splits: int
+    stages: int
+    warps: int
+
+    @classmethod
+    def of(cls, kept: int, features: int, element_size: int) -> "_Tile":
+        """For a product of `kept` by `features`."""
+        return cls(64, 64, 4, 3, 4)
+
+
+def launch_sparse_linear(
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    arrived: Tensor | None = None,
+    tile: _Tile | None = None,
+) -> Tensor:
+    """Run the kernel: `values`, `indices` `[..., K]`, `weight [D, N]`, `bias [N]`, `residual [..., N]` to `[..., N]`."""
+    kept, features = values.shape[-1], weight.shape[1]
+    y = values.new_empty(*values.shape[:-1], features)
+    tokens = values.numel() // kept
+    if tokens == 0:
+        return y
+    tile = tile or _Tile.of(kept, features, weight.element_size())
+    tiles = triton.cdiv(features, tile.columns)
+    per_split = triton.cdiv(triton.cdiv(kept, tile.splits), tile.rows) * tile.rows
+    partial = y.new_empty((tile.splits, tokens, features) if tile.splits > 1 else 0, dtype=torch.float32)
+    if arrived is None and tile.splits > 1:
+        arrived = y.new_zeros(tiles * tokens, dtype=torch.int32)
+    options = launch_options(values)
+    with torch.cuda.device_of(values):
+        sparse_linear_kernel[(tiles, tokens, tile.splits)](
+            values,
+            indices,
+            weight,
+            bias,
+            residual,
+            y,
+            partial,
+            arrived,
+            kept,
+            features,
+            per_split,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            SPLITS=tile.splits,
+            STAGES=tile.stages,
+            DEPENDENT=bool(options),
+            num_warps=tile.warps,
+            **options,
+        )
+    return y
+
+
+@torch.library.custom_op(f"{NAMESPACE}::sparse_linear", mutates_args=())
+def _sparse_linear(
+    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    values, indices = values.contiguous(), indices.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    return launch_sparse_linear(values, indices, weight, bias, residual)
+
+
+@_sparse_linear.register_fake
+def _(values, indices, weight, bias, residual):
+    return values.new_empty(*values.shape[:-1], weight.shape[1])
+
+
+class Kernels:
+    """The product on this kernel."""
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        return refuses(tensors, asked)
+
+    def product(
+        self, values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        return _sparse_linear(values, indices, weight, bias, residual)

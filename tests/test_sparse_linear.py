@@ -1,0 +1,67 @@
+"""The decode product: values, where it rounds, what it refuses."""
+
+import pytest
+import torch
+from conftest import BACKENDS, assert_close
+
+from qsparse_hf import topk_sparsify
+from qsparse_hf.modeling.sparse_linear import sparse_linear
+from qsparse_hf.modeling.sparsify import Survivors
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hand_computed(device, backend, dtype):
+    kept = Survivors(torch.tensor([[2.0, -1.0]]), torch.tensor([[2, 0]], dtype=torch.int32))
+    weight = torch.tensor([[1.0, 10.0, 100.0], [7.0, 7.0, 7.0], [4.0, 5.0, 6.0], [7.0, 7.0, 7.0]])
+    bias, residual = torch.tensor([0.5, 0.0, -1.0]), torch.tensor([[0.0, 1000.0, 1.0]])
+    tensors = [each.to(device, dtype) for each in (kept.values, weight, bias, residual)]
+    kept, (weight, bias, residual) = Survivors(tensors[0], kept.indices.to(device)), tensors[1:]
+    assert sparse_linear(kept, weight, backend=backend).tolist() == [[7, 0, -88]]
+    assert sparse_linear(kept, weight, bias, residual, backend=backend).tolist() == [[7.5, 1000, -88]]
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(100, 72), (33, 130), (1, 1), (300, 64)])
+@pytest.mark.parametrize("tokens", [(1,), (2, 3), (0, 1)])
+def test_is_the_dense_product_of_what_survived(device, backend, dtype, shape, tokens):
+    features, out = shape
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, residual = (
+        torch.randn(shape, generator=generator).to(device, dtype)
+        for shape in ((*tokens, features), (features, out), (out,), (*tokens, out))
+    )
+    y = sparse_linear(topk_sparsify(x, 0.6, compact=True), weight, bias, residual, backend=backend)
+    dense = topk_sparsify(x, 0.6).double() @ weight.double() + bias.double() + residual.double()
+    assert_close(y, dense.to(dtype))
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+def test_is_the_same_every_time(device, backend):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 4096, generator=generator).to(device, torch.bfloat16) for n in (1, 4096))
+    kept = topk_sparsify(x, 0.5, compact=True)
+    first = sparse_linear(kept, weight, backend=backend)
+    for _ in range(3 if device == "cuda" else 1):
+        assert torch.equal(sparse_linear(kept, weight, backend=backend), first)
+
+
+def test_bad_arguments_are_named():
+    x, weight = torch.randn(2, 8), torch.randn(8, 6)
+    kept = topk_sparsify(x, 0.5, compact=True)
+    for arguments, error, said in [
+        ((kept, weight.t().contiguous().t()), ValueError, r"contiguous, got shape \(8, 6\) with strides \(1, 8\)"),
+        ((kept, weight[None]), ValueError, r"got shape \(1, 8, 6\)"),
+        ((kept, weight.double()), TypeError, "got torch.float32, torch.float64"),
+        ((kept, weight, torch.randn(5)), ValueError, r"bias must have shape \(6,\), got \(5,\)"),
+        ((kept, weight, None, x), ValueError, r"residual must have shape \(2, 6\), got \(2, 8\)"),
+        ((kept, torch.randn(3, 6)), ValueError, "at most 3 features"),
+        ((Survivors(kept.values, kept.indices[:1]), weight), ValueError, "must be alike"),
+    ]:
+        with pytest.raises(error, match=said):
+            sparse_linear(*arguments)
+    with pytest.raises(ValueError, match="'reference', got 'cuda'"):
+        sparse_linear(kept, weight, backend="cuda")
