@@ -123,11 +123,13 @@ def decode_attention_kernel(
         if tl.atomic_add(arrived_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1:
             tl.store(arrived_ptr + tl.program_id(0), 0)  # as the next launch wants it
             parts = tl.arange(0, SPLITS) * (d + 2)
-            largest = tl.load(partial_ptr + parts + d, cache_modifier=".cg")
-            shrink = tl.exp(largest - tl.max(largest, axis=0))  # the first part has the new entry: this is finite
-            total = tl.sum(tl.load(partial_ptr + parts + d + 1, cache_modifier=".cg") * shrink, axis=0)
-            sums = tl.load(partial_ptr + parts[:, None] + whole[None, :], cache_modifier=".cg")
-            tl.store(y_ptr + whole, (tl.sum(sums * shrink[:, None], axis=0) / total).to(y_ptr.dtype.element_ty))
+            each_largest = tl.load(partial_ptr + parts + d, cache_modifier=".cg")
+            # The first part has the new entry: the largest of all is finite.
+            shrinks = tl.exp(each_largest - tl.max(each_largest, axis=0))
+            each_total = tl.load(partial_ptr + parts + d + 1, cache_modifier=".cg")
+            each_sums = tl.load(partial_ptr + parts[:, None] + whole[None, :], cache_modifier=".cg")
+            y = tl.sum(each_sums * shrinks[:, None], axis=0) / tl.sum(each_total * shrinks, axis=0)
+            tl.store(y_ptr + whole, y.to(y_ptr.dtype.element_ty))
 
 
 def splits_of(entries: int) -> int:

@@ -54,7 +54,7 @@ def _sum_of_bags(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     offsets = torch.arange(tokens * pieces, dtype=indices.dtype, device=indices.device) * kept
     values = values[:, None, :].expand(-1, pieces, -1).flatten()
     bags = F.embedding_bag(indices, weight.view(-1, weight.shape[1] // pieces), offsets, mode="sum", per_sample_weights=values)
-    return bags.view(tokens, -1)
+    return bags.view(tokens, weight.shape[1])
 
 
 def _sum_as_written(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:

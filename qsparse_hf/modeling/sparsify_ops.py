@@ -66,11 +66,11 @@ def _survivors(
     x = x.contiguous()
     dtype = torch.promote_types(x.dtype, other.dtype) if producer == "rms_norm" else x.dtype
     shape = _survivors_shape(x, keep, block_size)
-    values = x.new_empty(shape, dtype=dtype)
-    indices = x.new_empty(shape, dtype=torch.int32)
+    y = torch.empty_like(x, dtype=dtype)
+    survivors = x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int32)
     other = None if other is None else other.contiguous()
-    launch_sparsify(x, other, values, keep, block_size, producer, "l2" if rescale else "none", eps, indices)
-    return values, indices
+    launch_sparsify(x, other, y, keep, block_size, producer, "l2" if rescale else "none", eps, survivors)
+    return survivors
 
 
 def _survivors_shape(x: Tensor, keep: int, block_size: int | None) -> tuple[int, ...]:

@@ -243,7 +243,9 @@ def sparsify_kernel(
     x_ptr,
     other_ptr,
     y_ptr,
+    values_ptr,
     indices_ptr,
+    words_ptr,
     rstd_ptr,
     norm_ptr,
     tokens,
@@ -264,8 +266,8 @@ def sparsify_kernel(
     """One tile: produce, select, finish, store.
 
     The producer is "none", "rms_norm" or the activation of a GLU. The epilogue is "none", "l2" or "mask"; it sees all
-    survivors of a token, as a quantization would want to. COMPACT stores them side by side, with their indices; it
-    wants tiles of whole tokens. DEPENDENT: see `launch_options`.
+    survivors of a token, as a quantization would want to. COMPACT also stores them side by side, with their indices; it
+    wants tiles of whole tokens, and y is then what they were taken from. DEPENDENT: see `launch_options`.
     """
     if DEPENDENT:
         gdc_wait()
@@ -352,10 +354,6 @@ def sparsify_kernel(
         scale = tl.where(known, scale, 1.0)
         inverse = tl.where(known, 1 / norm, 1.0)
         tl.store(norm_ptr + token, tl.where(known, norm / scale, 0.0), mask=first_of_token)
-    if COMPACT:
-        count = tl.reshape(_popcount(kept), [TOKENS, UNITS * WORDS])
-        before = tl.reshape(tl.cumsum(count, axis=1) - count, [W])
-        place_of_word = token * (keep * (D // (UNIT // FIELDS))) + before
     for j in tl.static_range(32 // C):
         if EPILOGUE == "mask":
             value = ((kept[:, None] >> _places(j, C)) & 1) != 0
@@ -363,15 +361,36 @@ def sparsify_kernel(
             value = (values[j].to(tl.float32) * scale[:, None] * inverse[:, None]).to(DTYPE)
         else:
             value = values[j]
-        if COMPACT:
-            place = _places(j, C)
-            before = _popcount(kept[:, None] & ((1 << place) - 1))
-            survives = ((kept[:, None] >> place) & 1) != 0
-            at = place_of_word[:, None] + before
-            tl.store(y_ptr + at, value, mask=survives)
-            tl.store(indices_ptr + at, unit[:, None] * UNIT + columns[j], mask=survives)
-        else:
+        if PRODUCER != "none" or EPILOGUE != "none" or not COMPACT:
             tl.store(y_ptr + start[:, None] + columns[j], value, mask=masks[j])
+    if COMPACT:
+        # Written by the thread that has them, neighbours in the list would be threads apart. Features in their order, a
+        # neighbour each, want the words and values that other threads have: these go through memory, which is near.
+        count = tl.reshape(_popcount(kept), [TOKENS, UNITS * WORDS])
+        before = tl.reshape(tl.cumsum(count, axis=1) - count, [W])
+        words_ptr += tl.program_id(0).to(tl.int64) * 2 * W
+        tl.store(words_ptr + word, kept.to(tl.int32, bitcast=True))
+        tl.store(words_ptr + W + word, before)
+        tl.debug_barrier()
+        FEATURES: tl.constexpr = triton.next_power_of_2(D)
+        feature = tl.arange(0, TOKENS * FEATURES)
+        row = feature // FEATURES
+        feature = feature % FEATURES
+        chunk = feature % UNIT // C
+        k = chunk // Q * C + feature % UNIT % C
+        place = (k // 2 + 16 * (k % 2)).to(tl.uint32)
+        word = (row * UNITS + feature // UNIT) * WORDS + chunk % Q
+        inside = feature < D
+        kept = tl.load(words_ptr + word, mask=inside, other=0).to(tl.uint32, bitcast=True)
+        survives = ((kept >> place) & 1) != 0
+        before = tl.load(words_ptr + W + word, mask=survives, other=0) + _popcount(kept & ((1 << place) - 1))
+        token = tl.program_id(0).to(tl.int64) * TOKENS + row
+        if PRODUCER == "none" and EPILOGUE == "none":
+            y_ptr = x_ptr
+        value = tl.load(y_ptr + token * D + feature, mask=survives, other=0.0)
+        at = token * (keep * (D // (UNIT // FIELDS))) + before
+        tl.store(values_ptr + at, value, mask=survives)
+        tl.store(indices_ptr + at, feature, mask=survives)
 
 
 @triton.jit
@@ -486,9 +505,9 @@ class _Tile:
         if words > 32 * words_a_thread:
             sharing = 2 if words == 256 and unit <= 32 * 192 else 4
             words_a_thread = min(words // (32 * sharing), words_a_thread)
-        if few:
-            words_a_thread = 1
         warps = min(tokens * units * words // (32 * words_a_thread), 32)
+        if few:
+            warps = min(max(tokens * triton.next_power_of_2(features) // 512, 1), 16)
         return cls(features, unit, fields, tokens, units, words, warps, value_bits, few)
 
     @property
@@ -513,13 +532,13 @@ def launch_sparsify(
     producer: str,
     epilogue: str,
     eps: float = 0.0,
-    indices: Tensor | None = None,
+    survivors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel over `x [..., D]` into `y`; returns `rstd` and `norm`, fp32 `[...]`, empty where not computed.
 
-    With `indices`, both that and `y` are `[..., K]`: the survivors of few tokens side by side.
+    With `survivors`, values and indices `[..., K]`, it fills these, for few tokens, and `y` with nothing of use.
     """
-    compact = indices is not None
+    compact = survivors is not None
     features = x.shape[-1]
     rstd = x.new_empty(x.shape[:-1] if producer == "rms_norm" else 0, dtype=torch.float32)
     norm = x.new_empty(x.shape[:-1] if epilogue == "l2" else 0, dtype=torch.float32)
@@ -531,14 +550,20 @@ def launch_sparsify(
     tokens = x.numel() // tile.features
     registers = tile.registers(producer)
     options = {"maxnreg": registers} if registers and not torch.version.hip else {}
+    programs = triton.cdiv(tokens, tile.tokens)
+    values, indices, words = None, None, None
     if compact:
         options |= launch_options(x)
+        values, indices = survivors
+        words = x.new_empty(programs * 2 * tile.tokens * tile.units * tile.words, dtype=torch.int32)
     with torch.cuda.device_of(x):
-        sparsify_kernel[(triton.cdiv(tokens, tile.tokens),)](
+        sparsify_kernel[(programs,)](
             x,
             other,
             y,
+            values,
             indices,
+            words,
             rstd,
             norm,
             tokens,
