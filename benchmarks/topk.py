@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import HelpFormatter, captured, interleaved, medians, parse, print_table, write_json
 from torch import Tensor
 from tqdm import tqdm
 
+from qsparse_hf.measure import HelpFormatter, captured, interleaved, medians, parse, print_table, write_json
 from qsparse_hf.modeling.sparsify import gated, glu_sparsify, rms_norm, rms_norm_sparsify, topk_sparsify
 
 REPEATS = 4

@@ -16,12 +16,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from measure import HelpFormatter, interleaved, medians, parse, print_table, write_json
 from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qsparse_hf import QSparseLlamaConfig, QSparseLlamaForCausalLM
+from qsparse_hf.measure import HelpFormatter, interleaved, medians, parse, print_table, write_json
 from qsparse_hf.modeling import sparsify
 
 SLICES = {

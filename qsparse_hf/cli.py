@@ -43,6 +43,13 @@ def report(arguments: argparse.Namespace) -> None:
     print(report_checkpoint(arguments.model, arguments.text, arguments.output, arguments.tokens))
 
 
+def bench(arguments: argparse.Namespace) -> None:
+    from .bench import bench_decode
+
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("run", "what")}
+    bench_decode(**settings)
+
+
 def quickstart(arguments: argparse.Namespace) -> None:
     from .quickstart import quickstart
 
@@ -124,6 +131,33 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files to run through the model")
     p.add_argument("--tokens", type=int, default=4096, help="at most this many tokens (default %(default)s)")
     p.add_argument("--output", metavar="DIR", help="also write sparsity.json and sparsity.png there")
+
+    p = verb(
+        bench,
+        "Measure how fast models of random weights decode, dense and sparse, and each of their products.",
+        "qsparse bench decode --models llama-2-7b --sparsities 0.5 0.75 --output decode.json\n"
+        "  qsparse bench decode --device cpu --models 1b --threads 2",
+    )
+    p.add_argument("what", choices=["decode"], help="what to measure")
+    p.add_argument(
+        "--models",
+        nargs="+",
+        default=["llama-2-7b"],
+        metavar="MODEL",
+        help="llama-2-7b, llama-3-8b, mistral-7b, 1b, 70b-slice, or a config or checkpoint whose config it takes "
+        "(default: llama-2-7b)",
+    )
+    p.add_argument(
+        "--sparsities", nargs="+", type=float, default=[0.4, 0.5, 0.6, 0.75], metavar="S", help="(default: 0.4 to 0.75)"
+    )
+    p.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N", help="sequences at once (default: 1)")
+    p.add_argument("--prompts", nargs="+", type=int, default=[32], metavar="N", help="their tokens (default: 32)")
+    p.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default %(default)s)")
+    p.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default %(default)s)")
+    p.add_argument("--new-tokens", type=int, default=64, metavar="N", help="in a measurement (default %(default)s)")
+    p.add_argument("--rounds", type=int, default=5, metavar="N", help="measurements of each (default %(default)s)")
+    p.add_argument("--threads", type=int, metavar="N", help="of a CPU (default: PyTorch's)")
+    p.add_argument("--output", metavar="FILE", help="also write every time there, as JSON")
 
     p = verb(
         quickstart,

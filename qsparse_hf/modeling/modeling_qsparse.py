@@ -28,7 +28,6 @@ from .decode_graph import DecodeGraph, fits
 from .sparse_linear import few_tokens, lay_out, project, put_back
 from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify, Survivors
 
-
 _WITHOUT_STATIC_CACHE = {"cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens"}
 """Arguments of `generate` with which it makes its own choice of a cache."""
 
@@ -287,7 +286,11 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
         """As in Transformers; a prepared model on a GPU takes a static cache where nobody asks for another."""
         if self.is_prepared and self.device.type == "cuda" and not kwargs.keys() & _WITHOUT_STATIC_CACHE:
             given = generation_config or self.generation_config
-            if given.cache_implementation is None and given.use_cache is not False and not given.prompt_lookup_num_tokens:
+            if (
+                given.cache_implementation is None
+                and given.use_cache is not False
+                and not given.prompt_lookup_num_tokens
+            ):
                 kwargs["cache_implementation"] = "static"
         return super().generate(inputs, generation_config, **kwargs)
 

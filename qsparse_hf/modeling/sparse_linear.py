@@ -44,8 +44,10 @@ class Composed:
 
 
 def _sum_of_bags(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """`embedding_bag` is this product: rows by index, with weights, summed in fp32. A bag is a thread's, so the rows are
-    cut into as many pieces as there are threads for a token."""
+    """`embedding_bag` is this product: rows by index, with weights, summed in fp32.
+
+    A bag is one thread's work, so a row is cut into as many pieces as there are threads for a token.
+    """
     tokens, kept = values.shape
     threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
     pieces = math.gcd(max(threads // max(tokens, 1), 1), weight.shape[1])
@@ -53,7 +55,9 @@ def _sum_of_bags(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     indices = (indices[:, None, :] * pieces + piece[:, None]).flatten()
     offsets = torch.arange(tokens * pieces, dtype=indices.dtype, device=indices.device) * kept
     values = values[:, None, :].expand(-1, pieces, -1).flatten()
-    bags = F.embedding_bag(indices, weight.view(-1, weight.shape[1] // pieces), offsets, mode="sum", per_sample_weights=values)
+    bags = F.embedding_bag(
+        indices, weight.view(-1, weight.shape[1] // pieces), offsets, mode="sum", per_sample_weights=values
+    )
     return bags.view(tokens, weight.shape[1])
 
 
@@ -142,7 +146,7 @@ class InputMajorLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype != torch.float32:
-            # PyTorch's fast product in low precision wants the usual strides: give them to a part of the weight at a time.
+            # PyTorch's fast product in low precision wants the usual strides: a part of the weight gets them at a time.
             bias = self.bias.split(_PART) if self.bias is not None else [None] * len(self.weight.split(_PART))
             parts = zip(self.weight.split(_PART), bias, strict=True)
             return torch.cat([F.linear(x, part.contiguous(), bias) for part, bias in parts], dim=-1)

@@ -29,21 +29,17 @@ def sparse_linear_kernel(
     bias_ptr,
     residual_ptr,
     y_ptr,
-    partial_ptr,
-    arrived_ptr,
     K,
     N,
-    per_split,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
-    SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One token, COLUMNS features out, one of SPLITS parts of the kept features, ROWS at a time.
+    """One token, COLUMNS features out, all kept features in, ROWS at a time.
 
-    The last of a tile's parts to arrive adds them up, in their order: the result does not depend on who was last.
+    A program sees its sums through, so that their order, and with it the result, is always the same.
     """
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     token = tl.program_id(1)
@@ -53,9 +49,8 @@ def sparse_linear_kernel(
         gdc_launch_dependents()
     # A thread reads 16 bytes of a row; the rows of a thread are LANES apart, and it adds these up as they come.
     sums = tl.zeros([LANES, COLUMNS], tl.float32)
-    start = tl.program_id(2) * per_split
-    for at in tl.range(start, tl.minimum(start + per_split, K), ROWS, num_stages=STAGES):
-        place = at + tl.arange(0, ROWS)
+    for first in tl.range(0, K, ROWS, num_stages=STAGES):
+        place = first + tl.arange(0, ROWS)
         kept = place < K
         value = tl.load(values_ptr + token * K + place, mask=kept, other=0.0)
         row = tl.load(indices_ptr + token * K + place, mask=kept, other=0)
@@ -68,45 +63,31 @@ def sparse_linear_kernel(
         weighted = value.to(tl.float32)[:, None] * weight.to(tl.float32)
         sums += tl.sum(tl.reshape(weighted, [ROWS // LANES, LANES, COLUMNS]), axis=0)
     y = tl.sum(sums, axis=0)
-    last = True
-    if SPLITS > 1:
-        tl.store(partial_ptr + (tl.program_id(2) * tl.num_programs(1) + token) * N + columns, y, mask=inside)
-        tl.debug_barrier()  # all threads have stored before one of them says so
-        tile = token * tl.num_programs(0) + tl.program_id(0)
-        last = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
-        if last:
-            tl.store(arrived_ptr + tile, 0)  # as the next launch wants it
-            part = tl.arange(0, SPLITS)[:, None]
-            parts = tl.load(
-                partial_ptr + (part * tl.num_programs(1) + token) * N + columns[None, :],
-                mask=inside[None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            y = tl.sum(parts, axis=0)
-    if last:
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        if residual_ptr is not None:
-            residual = tl.load(residual_ptr + token * N + columns, mask=inside, other=0.0)
-            y = residual.to(tl.float32) + y.to(y_ptr.dtype.element_ty).to(tl.float32)
-        tl.store(y_ptr + token * N + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + token * N + columns, mask=inside, other=0.0)
+        y = residual.to(tl.float32) + y.to(y_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(y_ptr + token * N + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """What one program works on."""
+    """What one program works on. Its loads are all under way at once, and together they fill the memory's pipeline."""
 
     rows: int
     columns: int
-    splits: int
-    stages: int
     warps: int
+    stages: int = 1
 
     @classmethod
-    def of(cls, kept: int, features: int, element_size: int) -> "_Tile":
-        """For a product of `kept` by `features`."""
-        return cls(64, 64, 4, 3, 4)
+    def of(cls, features: int) -> "_Tile":
+        """For that many features out: about as many programs as a large GPU has multiprocessors, or more."""
+        if features <= 2048:
+            return cls(1024, 16, 8)
+        if features <= 8192:
+            return cls(1024, 32, 16)
+        return cls(512, 64, 8) if features <= 16384 else cls(256, 64, 8)
 
 
 def launch_sparse_linear(
@@ -115,39 +96,29 @@ def launch_sparse_linear(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    arrived: Tensor | None = None,
     tile: _Tile | None = None,
 ) -> Tensor:
-    """Run the kernel: `values`, `indices` `[..., K]`, `weight [D, N]`, `bias [N]`, `residual [..., N]` to `[..., N]`."""
+    """Run the kernel: `values`, `indices [..., K]`, `weight [D, N]`, `bias [N]`, `residual [..., N]` to `[..., N]`."""
     kept, features = values.shape[-1], weight.shape[1]
     y = values.new_empty(*values.shape[:-1], features)
     tokens = values.numel() // kept
     if tokens == 0:
         return y
-    tile = tile or _Tile.of(kept, features, weight.element_size())
-    tiles = triton.cdiv(features, tile.columns)
-    per_split = triton.cdiv(triton.cdiv(kept, tile.splits), tile.rows) * tile.rows
-    partial = y.new_empty((tile.splits, tokens, features) if tile.splits > 1 else 0, dtype=torch.float32)
-    if arrived is None and tile.splits > 1:
-        arrived = y.new_zeros(tiles * tokens, dtype=torch.int32)
+    tile = tile or _Tile.of(features)
     options = launch_options(values)
     with torch.cuda.device_of(values):
-        sparse_linear_kernel[(tiles, tokens, tile.splits)](
+        sparse_linear_kernel[(triton.cdiv(features, tile.columns), tokens)](
             values,
             indices,
             weight,
             bias,
             residual,
             y,
-            partial,
-            arrived,
             kept,
             features,
-            per_split,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
-            LANES=min(32 * tile.warps * (16 // weight.element_size()) // tile.columns, tile.rows),
-            SPLITS=tile.splits,
+            LANES=32 * tile.warps * (16 // weight.element_size()) // tile.columns,
             STAGES=tile.stages,
             DEPENDENT=bool(options),
             num_warps=tile.warps,

@@ -283,11 +283,11 @@ def sparsify_kernel(
 
     # Chunk j of a unit's word w is C features from (j * Q + w) * C on: a thread reads 16 bytes, its neighbour reads on.
     # Where a unit is one word, threads so far apart would meet half-written sectors: the compiler exchanges it instead.
-    Q: tl.constexpr = (UNIT + 31) // 32
+    Q: tl.constexpr = WORDS if COMPACT else (UNIT + 31) // 32  # a power of two: cheap to divide by, below
     C: tl.constexpr = 32 if UNIT == 32 and FIELDS == 1 else 128 // VALUE.primitive_bitwidth
     inside = (token < tokens) & (word % WORDS < Q) & (unit * UNIT < D)
     first_of_token = (word % (UNITS * WORDS) == 0) & (token < tokens)
-    WHOLE: tl.constexpr = UNIT % 32 == 0 and D % UNIT == 0
+    WHOLE: tl.constexpr = UNIT % 32 == 0 and D % UNIT == 0 and (UNIT == 32 * Q or not COMPACT)
     columns = ()
     masks = ()
     values = ()
@@ -372,25 +372,26 @@ def sparsify_kernel(
         tl.store(words_ptr + word, kept.to(tl.int32, bitcast=True))
         tl.store(words_ptr + W + word, before)
         tl.debug_barrier()
-        FEATURES: tl.constexpr = triton.next_power_of_2(D)
-        feature = tl.arange(0, TOKENS * FEATURES)
-        row = feature // FEATURES
-        feature = feature % FEATURES
-        chunk = feature % UNIT // C
-        k = chunk // Q * C + feature % UNIT % C
-        place = (k // 2 + 16 * (k % 2)).to(tl.uint32)
-        word = (row * UNITS + feature // UNIT) * WORDS + chunk % Q
-        inside = feature < D
-        kept = tl.load(words_ptr + word, mask=inside, other=0).to(tl.uint32, bitcast=True)
-        survives = ((kept >> place) & 1) != 0
-        before = tl.load(words_ptr + W + word, mask=survives, other=0) + _popcount(kept & ((1 << place) - 1))
-        token = tl.program_id(0).to(tl.int64) * TOKENS + row
         if PRODUCER == "none" and EPILOGUE == "none":
             y_ptr = x_ptr
-        value = tl.load(y_ptr + token * D + feature, mask=survives, other=0.0)
-        at = token * (keep * (D // (UNIT // FIELDS))) + before
-        tl.store(values_ptr + at, value, mask=survives)
-        tl.store(indices_ptr + at, feature, mask=survives)
+        BLOCK: tl.constexpr = tl.constexpr(min(triton.next_power_of_2(D), 2048))
+        for row in tl.static_range(TOKENS):
+            token = tl.program_id(0).to(tl.int64) * TOKENS + row
+            for first in tl.static_range(0, D, BLOCK):
+                # A thread each: the compiler gives one several neighbours only if it sees that they are (^ 0).
+                feature = (first + tl.arange(0, BLOCK)) ^ tl.program_id(1)
+                inside = (feature < D) & (token < tokens)
+                chunk = feature % UNIT // C
+                word = (row * UNITS + feature // UNIT) * WORDS + chunk % Q
+                k = chunk // Q * C + feature % UNIT % C
+                place = (k // 2 + 16 * (k % 2)).to(tl.uint32)
+                kept = tl.load(words_ptr + word, mask=inside, other=0).to(tl.uint32, bitcast=True)
+                survives = ((kept >> place) & 1) != 0
+                before = tl.load(words_ptr + W + word, mask=inside, other=0) + _popcount(kept & ((1 << place) - 1))
+                value = tl.load(y_ptr + token * D + feature, mask=survives, other=0.0)
+                at = token * (keep * (D // (UNIT // FIELDS))) + before
+                tl.store(values_ptr + at, value, mask=survives)
+                tl.store(indices_ptr + at, feature, mask=survives)
 
 
 @triton.jit

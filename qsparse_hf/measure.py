@@ -1,16 +1,18 @@
-"""What the benchmarks share: interleaved timing on a GPU, medians, tables."""
+"""What the benchmarks share: interleaved timing, medians, tables."""
 
 import argparse
 import json
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from transformers.utils import is_triton_available
 
-from qsparse_hf.modeling.sparsity import check_sparsity
+from .modeling.sparsity import check_sparsity
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -49,19 +51,31 @@ def captured(function: Callable[[], object], repeats: int) -> Callable[[], None]
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
     """Microseconds a call of each function, one of each in every round; each call is `repeats` of what is measured.
 
-    Every measured call comes behind an unmeasured one of its own: a neighbour leaves its writes in the caches.
+    Every measured call comes behind an unmeasured one of its own: a neighbour leaves its writes in the caches. Where
+    there is a GPU, the time is the GPU's.
     """
+    timed = _on_gpu if torch.cuda.is_available() else _on_cpu
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             function()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1000 / repeats)
+            times[name].append(timed(function) / repeats)
     return times
+
+
+def _on_gpu(function: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1000
+
+
+def _on_cpu(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e6
 
 
 def medians(times: dict[str, list[float]]) -> dict[str, float]:
@@ -79,9 +93,10 @@ def print_table(heading: list[str], rows: list[list[object]]) -> None:
 def write_json(path: Path, results: object) -> None:
     """The results and what they were measured on."""
     machine = {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": version("triton"),
+        "triton": version("triton") if is_triton_available() else None,
         "python": platform.python_version(),
     }
     path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))

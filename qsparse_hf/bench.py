@@ -1,0 +1,397 @@
+"""How fast a model decodes, dense and sparse: end to end through `generate`, the step alone, and each product.
+
+All weights are random: speed does not depend on them, and a top-K keeps as many features of any input. The dense model
+runs in the fastest mode that its user has: on a GPU a static cache, `torch.compile` and CUDA graphs, which `generate`
+turns on by itself; on a CPU as it is.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StaticCache,
+)
+
+from .conversion import DTYPES, FAMILIES
+from .errors import UserError, user_errors
+from .measure import captured, interleaved, medians, print_table, write_json
+from .modeling.modeling_qsparse import projection_groups
+from .modeling.sparse_linear import sparse_linear
+from .modeling.sparsify import Sparsify, topk_sparsify
+from .modeling.sparsity import check_sparsity, kept_features
+
+_LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32}
+_LLAMA_3_8B = _LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
+SHAPES = {
+    "llama-2-7b": ("llama", _LLAMA_2_7B),
+    "llama-3-8b": ("llama", _LLAMA_3_8B),
+    "mistral-7b": ("mistral", _LLAMA_3_8B | {"vocab_size": 32000, "sliding_window": None}),
+    "1b": (
+        "llama",
+        {"hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 32, "num_hidden_layers": 24},
+    ),
+    "70b-slice": (  # as wide as a Llama-2-70B, 8 of its 80 layers
+        "llama",
+        {
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 8,
+        },
+    ),
+}
+"""Models by name: the dense `model_type`, and the fields of its config that are not the default."""
+
+
+class _Clock(LogitsProcessor):
+    """Notes when each token's logits are there to be processed."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def _configs(name: str) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    """The dense config of a shape, folder, file or Hub id, and its Q-Sparse twin."""
+    if name in SHAPES:
+        model_type, fields = SHAPES[name]
+        fields = fields | {"max_position_embeddings": 8192}
+    else:
+        with user_errors(name):
+            fields = AutoConfig.from_pretrained(name).to_dict()
+        model_type = fields.pop("model_type").removeprefix("qsparse_")
+        if model_type not in FAMILIES:
+            raise UserError(f"{name}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
+        for key in ("architectures", "transformers_version", "auto_map"):
+            fields.pop(key, None)
+    dense = {key: value for key, value in fields.items() if not key.startswith("sparsity")}
+    return AutoConfig.for_model(model_type, **dense), FAMILIES[model_type](**fields)
+
+
+def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def _set_sparsity(model: PreTrainedModel, sparsity: float) -> None:
+    """Every projection's, of a model that then is prepared."""
+    model.restore()
+    for module in model.modules():
+        if isinstance(module, Sparsify):
+            module.sparsity = sparsity
+    model.prepare_for_decode()
+
+
+def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int, cache: StaticCache | None) -> float:
+    """Microseconds a token of `generate`, from the fourth to the last, host and device."""
+    clock = _Clock()
+    settled = 3
+    if cache is not None:
+        cache.reset()
+    model.generate(
+        prompt,
+        past_key_values=cache,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        logits_processor=LogitsProcessorList([clock]),
+    )
+    if prompt.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - clock.times[settled]) / (new_tokens - settled) * 1e6
+
+
+def _step(model: PreTrainedModel, cache: StaticCache, sequences: int) -> Callable[[], None]:
+    """A dense model's decode step, compiled and captured: what remains of a token without `generate`'s own work."""
+    run = torch.compile(model, fullgraph=True, dynamic=False)
+    device = model.device
+    inputs = {
+        "input_ids": torch.ones(sequences, 1, dtype=torch.long, device=device),
+        "position_ids": torch.ones(sequences, 1, dtype=torch.long, device=device),
+        "attention_mask": torch.ones(sequences, 1, 1, cache.layers[0].max_cache_len, dtype=torch.bool, device=device),
+    }
+
+    lengths = [layer.cumulative_length for layer in cache.layers]
+
+    @torch.no_grad()
+    def step() -> None:
+        run(**inputs, past_key_values=cache, use_cache=True)
+        torch._foreach_sub_(lengths, 1)  # the next one writes where this one did
+
+    step()
+    return captured(step, 1)
+
+
+def _graph_step(model: PreTrainedModel) -> Callable[[], None]:
+    """A prepared model's, as `generate` captured it."""
+    graph = model._decode_graph
+
+    def step() -> None:
+        graph.graph.replay()
+        torch._foreach_sub_(graph.lengths, 1)
+
+    return step
+
+
+def _millijoules(step: Callable[[], None], seconds: float = 1.0) -> float | None:
+    """Energy of a call, by the driver's counter; None where there is none to read."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except Exception:  # no package, no driver, no permission, no counter: all the same here
+        return None
+    start, calls = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        for _ in range(20):
+            step()
+        torch.cuda.synchronize()
+        calls += 20
+    return (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / calls
+
+
+def _decode_rows(
+    dense: PreTrainedModel,
+    sparse: PreTrainedModel,
+    sparsities: list[float],
+    sequences: int,
+    prompt_length: int,
+    new_tokens: int,
+    rounds: int,
+) -> list[dict]:
+    """One dense and one sparse row for every sparsity, measured in turns."""
+    device = dense.device
+    on_gpu = device.type == "cuda"
+    prompt = torch.randint(3, dense.config.vocab_size, (sequences, prompt_length), device=device)
+    entries = prompt_length + new_tokens
+    caches = [StaticCache(config=model.config, max_cache_len=entries) if on_gpu else None for model in (dense, sparse)]
+    _generate(dense, prompt, 8, caches[0])  # compiles
+    dense_step = _step(dense, caches[0], sequences) if on_gpu else None
+    rows = []
+    for sparsity in sparsities:
+        _set_sparsity(sparse, sparsity)
+        _generate(sparse, prompt, 8, caches[1])
+        runs = {"dense": (dense, caches[0]), "sparse": (sparse, caches[1])}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, (model, cache) in runs.items():
+                times[name].append(_generate(model, prompt, new_tokens, cache))
+        row = {"sparsity": sparsity, "sequences": sequences, "prompt": prompt_length, "generate": times}
+        if on_gpu:
+            steps = {"dense": dense_step, "sparse": _graph_step(sparse)}
+            row["step"] = interleaved(steps, 3 * rounds)
+            row["millijoules"] = {name: _millijoules(step) for name, step in steps.items()}
+        rows.append(row)
+    return rows
+
+
+def _copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy reads and writes together."""
+    on_gpu = device.type == "cuda"
+    source = torch.empty((512 if on_gpu else 128) << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    times = interleaved({"copy": captured(copy, 4) if on_gpu else copy}, 7, 4 if on_gpu else 1)
+    return 2 * source.numel() / (medians(times)["copy"] * 1e-6)
+
+
+@torch.no_grad()
+def _product_rows(sparse: PreTrainedModel, sparsities: list[float], dtype: torch.dtype, rounds: int) -> list[dict]:
+    """Each projection group of a layer alone: the dense products, the sparse one, the selection before it."""
+    device = sparse.device
+    on_gpu = device.type == "cuda"
+    bandwidth = _copy_bandwidth(device)
+    rows = []
+    for (_, linears), group in zip(
+        projection_groups(sparse.base_model.layers[0]), ("qkv", "o", "gate_up", "down"), strict=True
+    ):
+        features = next(iter(linears.values())).in_features
+        sizes = [linear.out_features for linear in linears.values()]
+        size = features * sum(sizes) * dtype.itemsize
+        copies = min(max(2, -(-(400 << 20) // size)), 64)  # past every cache
+        weights = [torch.randn(features, sum(sizes), device=device, dtype=dtype) for _ in range(copies)]
+        usual = [part.t().contiguous() for weight in weights for part in weight.split(sizes, dim=1)]
+        x = torch.randn(1, 1, features, device=device, dtype=dtype)
+        for sparsity in sparsities:
+            kept = topk_sparsify(x, sparsity, compact=True)
+            functions = {
+                "dense": partial(_each, partial(nn.functional.linear, x), usual),
+                "sparse": partial(_each, partial(sparse_linear, kept), weights),
+                "selection": partial(_each, partial(topk_sparsify, sparsity=sparsity, compact=True), [x] * copies),
+            }
+            if on_gpu:
+                functions = {name: captured(function, 1) for name, function in functions.items()}
+            times = interleaved(functions, rounds, copies)
+            median = medians(times)
+            reading = {"dense": size, "sparse": size * kept_features(features, sparsity) / features}
+            shares = {name: count / (median[name] * 1e-6) / bandwidth for name, count in reading.items()}
+            rows.append(
+                {
+                    "group": group,
+                    "shape": [features, sum(sizes)],
+                    "sparsity": sparsity,
+                    "microseconds": times,
+                    "share_of_copy": shares,
+                    "copy_bytes_per_second": bandwidth,
+                }
+            )
+        del weights, usual, functions
+    return rows
+
+
+def _each(function: Callable[[Tensor], object], inputs: list[Tensor]) -> None:
+    for each in inputs:
+        function(each)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def bench_decode(
+    models: Iterable[str] = ("llama-2-7b",),
+    sparsities: Iterable[float] = (0.4, 0.5, 0.6, 0.75),
+    batches: Iterable[int] = (1,),
+    prompts: Iterable[int] = (32,),
+    device: str = "cuda",
+    dtype: str = "bfloat16",
+    new_tokens: int = 64,
+    rounds: int = 5,
+    threads: int | None = None,
+    output: str | Path | None = None,
+) -> list[dict]:
+    """Measure and print; returns what is also written as JSON: every time in microseconds.
+
+    Args:
+        models: names in `SHAPES`, or configs or checkpoints (folders, files, Hub ids), of which the config is taken.
+        sparsities: of every projection.
+        batches: sequences decoded at once.
+        prompts: their tokens before decoding starts.
+        new_tokens: decoded in each measurement.
+        rounds: measurements of each, in turns.
+        threads: of a CPU; None leaves PyTorch's.
+
+    Raises:
+        UserError: a value outside these; the message names it.
+    """
+    for sparsity in sparsities:
+        try:
+            check_sparsity(sparsity)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    for name, value, least in (
+        ("new_tokens", new_tokens, 8),
+        ("rounds", rounds, 1),
+        *(("batch", b, 1) for b in batches),
+    ):
+        if value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda' is asked for, and there is none; 'cpu' is measured too")
+    place = torch.device(device)
+    results: list[dict] = []
+    table, products = [], []
+    with _threads(threads):
+        for name in models:
+            dense_config, sparse_config = _configs(name)
+            dense = _random_model(dense_config, place, DTYPES[dtype])
+            sparse = _random_model(sparse_config, place, DTYPES[dtype])
+            for sequences, prompt in tqdm(list(product(batches, prompts)), desc=name):
+                for row in _decode_rows(dense, sparse, list(sparsities), sequences, prompt, new_tokens, rounds):
+                    results.append({"model": name, "dtype": dtype, **row})
+                    table.append([name, sequences, prompt, row["sparsity"], *_summary(row)])
+                    if output:
+                        write_json(Path(output), results)
+            del dense
+            gc.collect()
+            sparse.restore()
+            for row in _product_rows(sparse, list(sparsities), DTYPES[dtype], rounds):
+                results.append({"model": name, "dtype": dtype, **row})
+                median, share = medians(row["microseconds"]), row["share_of_copy"]
+                products.append(
+                    [
+                        name,
+                        row["group"],
+                        "{} x {}".format(*row["shape"]),
+                        row["sparsity"],
+                        f"{median['dense']:.1f}",
+                        f"{share['dense']:.0%}",
+                        f"{median['sparse']:.1f}",
+                        f"{share['sparse']:.0%}",
+                        f"{median['dense'] / median['sparse']:.2f}",
+                        f"{median['selection']:.1f}",
+                    ]
+                )
+            if output:
+                write_json(Path(output), results)
+            del sparse
+            gc.collect()
+    print("ms a token: `generate` end to end; the step alone, without the host's work; energy of a step")
+    print_table(
+        [
+            "model",
+            "batch",
+            "prompt",
+            "S",
+            "dense",
+            "sparse",
+            "faster",
+            "step: dense",
+            "sparse",
+            "faster",
+            "mJ: dense",
+            "sparse",
+        ],
+        table,
+    )
+    print("\nproducts of one token, us, and the share of a copy's bandwidth at which they read what they need")
+    print_table(
+        ["model", "group", "in x out", "S", "dense", "share", "sparse", "share", "faster", "selection"], products
+    )
+    return results
+
+
+def _summary(row: dict) -> list[str]:
+    cells = []
+    for kind in ("generate", "step"):
+        if kind in row:
+            dense, sparse = (statistics.median(row[kind][name]) for name in ("dense", "sparse"))
+            cells += [f"{dense / 1000:.2f}", f"{sparse / 1000:.2f}", f"{dense / sparse:.2f}"]
+        else:
+            cells += ["", "", ""]
+    energy = row.get("millijoules", {})
+    return cells + [f"{energy[name]:.0f}" if energy.get(name) else "" for name in ("dense", "sparse")]
