@@ -145,11 +145,11 @@ def _step(model: PreTrainedModel, cache: StaticCache, sequences: int) -> Callabl
 
 def _graph_step(model: PreTrainedModel) -> Callable[[], None]:
     """A prepared model's, as `generate` captured it."""
-    graph = model._decode_graph
+    graph = model.decode_graph
 
     def step() -> None:
         graph.graph.replay()
-        torch._foreach_sub_(graph.lengths, 1)
+        torch._foreach_sub_([*graph.lengths, graph.positions], 1)
 
     return step
 
@@ -211,14 +211,14 @@ def _decode_rows(
 def _copy_bandwidth(device: torch.device) -> float:
     """Bytes a second that a copy reads and writes together."""
     on_gpu = device.type == "cuda"
-    source = torch.empty((512 if on_gpu else 128) << 20, dtype=torch.uint8, device=device)
+    source = torch.empty((128 if on_gpu else 32) << 20, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
 
     def copy() -> None:
         target.copy_(source)
 
     times = interleaved({"copy": captured(copy, 4) if on_gpu else copy}, 7, 4 if on_gpu else 1)
-    return 2 * source.numel() / (medians(times)["copy"] * 1e-6)
+    return 2 * source.nbytes / (medians(times)["copy"] * 1e-6)
 
 
 @torch.no_grad()

@@ -141,3 +141,78 @@ def test_a_run_on_a_gpu_goes_on_and_stops_at_a_loss_that_is_not_finite(tmp_path)
     poisoned.model.lm_head.weight.data.fill_(torch.inf)
     with pytest.raises(UserError, match="the loss is not finite at update 1, micro-batch 0 of process 0"):
         poisoned.train()
+
+
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def test_a_prepared_model_replays_one_graph(family, tokens):
+    """Lengths within the cache, sampling and padding change, the graph stays; the tokens are the unprepared model's."""
+    model, tokens = make(sparse_config(family)).cuda(), tokens[:1].cuda()
+    prompts = [tokens[:, :6], tokens[:, :3], tokens[:, 2:5]]
+    lengths = [12, 5, 9]
+    if family != "llama":  # windows of 8 entries
+        lengths = [2, 3, 4]
+    padded = {"inputs": prompts[1], "attention_mask": torch.tensor([[0, 1, 1]], device="cuda")}
+    calls = [{"inputs": p, "max_new_tokens": n} for p, n in zip(prompts, lengths, strict=True)]
+    calls.append(padded | {"max_new_tokens": lengths[1]})
+    expected = [model.generate(**GREEDY | call) for call in calls]
+    model.prepare_for_decode()
+    graphs = []
+    for call, wanted in zip(calls, expected, strict=True):
+        assert torch.equal(model.generate(**GREEDY | call), wanted)
+        graphs.append(model.decode_graph.graph)
+    assert graphs[0] is not None
+    assert all(graph is graphs[0] for graph in graphs)
+    torch.manual_seed(0)
+    model.generate(**GREEDY | calls[0] | {"do_sample": True})
+    assert model.decode_graph.graph is graphs[0]
+    model.restore()
+    assert model.decode_graph is None
+
+
+def test_a_window_that_moves_and_a_batch_that_is_large(family, tokens):
+    model, tokens = make(sparse_config(family)).cuda(), tokens.cuda()
+    batch = tokens[:, :12].repeat(2, 1)
+    expected = [model.generate(each, **GREEDY) for each in (tokens[:1], batch)]
+    model.prepare_for_decode()
+    for each, wanted in zip((tokens[:1], batch), expected, strict=True):
+        assert torch.equal(model.generate(each, **GREEDY), wanted)
+
+
+def test_other_ways_to_generate_when_prepared(tokens):
+    model, prompt = make(sparse_config("llama")).cuda(), tokens[:1, :10].cuda()
+    ways = {
+        "beams": {"num_beams": 3},
+        "static beams": {"num_beams": 3, "cache_implementation": "static"},
+        "assisted": {"assistant_model": make(sparse_config("llama"), seed=1).cuda()},
+        "prompt lookup": {"prompt_lookup_num_tokens": 2},
+        "no cache": {"use_cache": False},
+        "dynamic": {"cache_implementation": "dynamic"},
+    }
+    expected = {name: model.generate(prompt, **GREEDY | way) for name, way in ways.items()}
+    model.prepare_for_decode()
+    for name, way in ways.items():
+        assert torch.equal(model.generate(prompt, **GREEDY | way), expected[name]), name
+    returned = model.generate(prompt, **GREEDY, return_dict_in_generate=True)
+    kept = returned.past_key_values.layers[0].keys.clone()
+    model.generate(tokens[1:, :10].cuda(), **GREEDY)
+    assert torch.equal(returned.past_key_values.layers[0].keys, kept)  # the caller's cache is the caller's
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_decode_step_at_size(dtype, heads):
+    """The graph's logits against the forward it replaces, over a cache in several parts."""
+    fields = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": heads[0], "sparsity": 0.02}
+    fields |= {"num_key_value_heads": heads[1], "max_position_embeddings": 2048}
+    model = make(sparse_config("llama", **fields), dtype=dtype).cuda()
+    prompt = torch.randint(3, 128, (1, 700), device="cuda")
+    options = GREEDY | {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 4}
+    expected = model.generate(prompt, **options)
+    model.prepare_for_decode()
+    actual = model.generate(prompt, **options)
+    assert model.decode_graph is not None
+    same = 1 + (expected.sequences == actual.sequences)[0, 700:].long().cumprod(0).sum()
+    for step in range(min(same, 4)):
+        assert_close(actual.logits[step], expected.logits[step])

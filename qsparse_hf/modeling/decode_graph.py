@@ -5,10 +5,12 @@ a step into a graph too (and Transformers' `generate` asks for that), in half a 
 hand; this one is captured from the prepared model as it is, in less than a second.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from transformers.utils import is_triton_available
 
 if is_triton_available():
@@ -44,20 +46,33 @@ class DecodeGraph:
     """
 
     def __init__(self, model: nn.Module, cache: Cache, sequences: int) -> None:
-        entries = max(layer.max_cache_len for layer in cache.layers)
         device = model.device
         self.model = model
         self.cache = cache
+        self.entries = max(layer.max_cache_len for layer in cache.layers)
         self.tokens = torch.zeros(sequences, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.tokens)
-        self.mask = torch.ones(sequences, 1, 1, entries, dtype=torch.bool, device=device)
+        self.mask = torch.ones(sequences, 1, 1, self.entries, dtype=torch.bool, device=device)
+        self.keys = cache.layers[-1].keys
         self.lengths = [layer.cumulative_length for layer in cache.layers]
+        self.windows = [layer for layer in cache.layers if type(layer) is StaticSlidingWindowLayer]
         heads = model.config.num_attention_heads
         self.arrived = torch.zeros(sequences * heads, dtype=torch.int32, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def serves(self, cache: Cache, sequences: int) -> bool:
-        return cache is self.cache and sequences == self.tokens.shape[0]
+    @property
+    def moved(self) -> bool:
+        """Whether the cache's tensors are no longer those of the graph, as beam search replaces them in every step."""
+        return self.cache.layers[-1].keys is not self.keys
+
+    def serves(self, cache: object, sequences: int) -> bool:
+        """Whether a step over that cache is this one."""
+        same = cache is self.cache and sequences == self.tokens.shape[0] and not self.moved
+        return same and all(_has_room(layer) for layer in self.windows)
+
+    def holds(self, sequences: int, entries: int) -> bool:
+        """Whether the cache is large enough, and untouched but for what the graph wrote."""
+        return sequences == self.tokens.shape[0] and entries <= self.entries and not self.moved
 
     def attend(
         self,
@@ -84,7 +99,7 @@ class DecodeGraph:
             use_cache=True,
             decode_step=self,
         )
-        torch._foreach_add_(self.lengths, 1)
+        torch._foreach_add_([*self.lengths, self.positions], 1)
         return outputs.logits
 
     def _capture(self) -> None:
@@ -93,23 +108,53 @@ class DecodeGraph:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step()
-            torch._foreach_sub_(self.lengths, 1)
+            torch._foreach_sub_([*self.lengths, self.positions], 1)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.logits = self._step()
         self.graph = graph
 
-    @torch.no_grad()
-    def __call__(self, input_ids: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None):
-        self.tokens.copy_(input_ids)
+    def start(self, position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+        """Take over behind a prefill: where the next token stands, and which entries of the cache count."""
         self.positions.copy_(self.lengths[0] if position_ids is None else position_ids)
+        self.mask.fill_(True)
         if attention_mask is not None:
             self.mask[:, 0, 0, : attention_mask.shape[1]].copy_(attention_mask)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> CausalLMOutputWithPast:
+        """The step after that for the last token."""
+        self.tokens.copy_(input_ids)
         if self.graph is None:
             self._capture()
         self.graph.replay()
-        for layer in self.cache.layers:
-            if type(layer) is StaticSlidingWindowLayer:
-                layer.cumulative_length_int += 1
+        for layer in self.windows:
+            layer.cumulative_length_int += 1
         return CausalLMOutputWithPast(logits=self.logits, past_key_values=self.cache)
+
+
+class Decoding:
+    """What one call of `generate` decodes with: the graph's step where it fits, else the forward that was given."""
+
+    def __init__(self, model: nn.Module, forward: Callable) -> None:
+        self.model = model
+        self.forward = forward
+        self.graph: DecodeGraph | None = None
+
+    def __call__(self, input_ids: Tensor, past_key_values: object, **inputs) -> ModelOutput:
+        if self.graph is not None and self.graph.serves(past_key_values, len(input_ids)):
+            return self.graph(input_ids)
+        given = {"input_ids": input_ids, "past_key_values": past_key_values, **inputs}
+        if inputs.get("output_attentions") or inputs.get("output_hidden_states"):
+            return self.model(**given)
+        graph = self.model.decode_graph
+        if graph is not None and graph.cache is past_key_values and graph.moved:
+            return self.model(**given)
+        if not fits(self.model, past_key_values, input_ids.shape[1]):
+            return self.forward(**given)
+        if graph is None or not graph.serves(past_key_values, len(input_ids)):
+            self.model.decode_graph = graph = DecodeGraph(self.model, past_key_values, len(input_ids))
+        self.graph = graph
+        graph.start(inputs.get("position_ids"), inputs.get("attention_mask"))
+        return graph(input_ids)

@@ -9,14 +9,14 @@ B batch, T tokens, D hidden size, H heads, d head size.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Self
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -24,12 +24,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from .configuration_qsparse import PROJECTION_GROUPS, QSparseConfigMixin
-from .decode_graph import DecodeGraph, fits
+from .decode_graph import DecodeGraph, Decoding, fits
 from .sparse_linear import few_tokens, lay_out, project, put_back
 from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify, Survivors
-
-_WITHOUT_STATIC_CACHE = {"cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens"}
-"""Arguments of `generate` with which it makes its own choice of a cache."""
 
 
 def sparsify_settings(config: QSparseConfigMixin, group: str, layer: int) -> tuple[float, int | None, str, bool]:
@@ -276,23 +273,40 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    _decode_graph: DecodeGraph | None = None
+    decode_graph: DecodeGraph | None = None
+    """The step that `generate` replays, of a prepared model on a GPU; kept with its cache for the next call."""
+    _own_cache: Cache | None = None
 
     def restore(self) -> Self:
-        self._decode_graph = None
+        self.decode_graph = self._own_cache = None
         return super().restore()
 
-    def generate(self, inputs: Tensor | None = None, generation_config=None, **kwargs):
+    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
         """As in Transformers; a prepared model on a GPU takes a static cache where nobody asks for another."""
-        if self.is_prepared and self.device.type == "cuda" and not kwargs.keys() & _WITHOUT_STATIC_CACHE:
-            given = generation_config or self.generation_config
-            if (
-                given.cache_implementation is None
-                and given.use_cache is not False
-                and not given.prompt_lookup_num_tokens
-            ):
+        if self.is_prepared and self.device.type == "cuda":
+            given = {
+                name: kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
+                for name in ("use_cache", "num_beams", "cache_implementation", "prompt_lookup_num_tokens")
+            }
+            plain = given["use_cache"] is not False and (given["num_beams"] or 1) == 1
+            chosen = given["cache_implementation"] or given["prompt_lookup_num_tokens"]
+            if plain and not chosen and not kwargs.keys() & {"past_key_values", "assistant_model"}:
                 kwargs["cache_implementation"] = "static"
-        return super().generate(inputs, generation_config, **kwargs)
+        outputs = super().generate(inputs, generation_config, **kwargs)
+        if isinstance(outputs, ModelOutput):
+            self._own_cache = None  # it is the caller's now
+        return outputs
+
+    def _prepare_static_cache(self, cache_implementation, batch_size, max_cache_len, *args, **kwargs):
+        graph = self.decode_graph
+        if graph is not None and graph.cache is self._own_cache and graph.holds(batch_size, max_cache_len):
+            self._own_cache.reset()
+            return self._own_cache
+        self.decode_graph = None  # frees the one before
+        self._own_cache = super()._prepare_static_cache(
+            cache_implementation, batch_size, max_cache_len, *args, **kwargs
+        )
+        return self._own_cache
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """As in Transformers, but for a step that runs as a graph, which has its mask inside."""
@@ -309,14 +323,4 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
     def get_compiled_call(self, compile_config):
         """What `generate` decodes with over a static cache: a prepared model's own graph."""
         compiled = super().get_compiled_call(compile_config)
-        return partial(self._decode, compiled) if self.is_prepared else compiled
-
-    def _decode(self, compiled: Callable, input_ids: Tensor, past_key_values: object, **inputs) -> ModelOutput:
-        if inputs.get("output_attentions") or inputs.get("output_hidden_states"):
-            return self(input_ids=input_ids, past_key_values=past_key_values, **inputs)
-        if not fits(self, past_key_values, input_ids.shape[1]):
-            return compiled(input_ids=input_ids, past_key_values=past_key_values, **inputs)
-        graph = self._decode_graph
-        if graph is None or not graph.serves(past_key_values, input_ids.shape[0]):
-            self._decode_graph = graph = DecodeGraph(self, past_key_values, input_ids.shape[0])
-        return graph(input_ids, inputs.get("position_ids"), inputs.get("attention_mask"))
+        return Decoding(self, compiled) if self.is_prepared else compiled

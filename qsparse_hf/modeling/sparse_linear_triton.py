@@ -73,21 +73,23 @@ def sparse_linear_kernel(
 
 @dataclass(frozen=True)
 class _Tile:
-    """What one program works on. Its loads are all under way at once, and together they fill the memory's pipeline."""
+    """What one program works on: ROWS, COLUMNS and STAGES of the kernel."""
 
     rows: int
     columns: int
     warps: int
-    stages: int = 1
+    stages: int
 
     @classmethod
-    def of(cls, features: int) -> "_Tile":
-        """For that many features out: about as many programs as a large GPU has multiprocessors, or more."""
+    def of(cls, features: int, element_size: int) -> "_Tile":
+        """For that many features out: about as many programs as a large GPU has multiprocessors, or more.
+
+        Together their loads under way have to fill the memory's pipeline. Few programs load ahead, many take turns.
+        """
+        rows = 1024 // element_size
         if features <= 2048:
-            return cls(1024, 16, 8)
-        if features <= 8192:
-            return cls(1024, 32, 16)
-        return cls(512, 64, 8) if features <= 16384 else cls(256, 64, 8)
+            return cls(2 * rows, 16, 8, 1)
+        return cls(rows, 32, 8, 3) if features <= 8192 else cls(rows, 64, 8, 1)
 
 
 def launch_sparse_linear(
@@ -104,7 +106,7 @@ def launch_sparse_linear(
     tokens = values.numel() // kept
     if tokens == 0:
         return y
-    tile = tile or _Tile.of(features)
+    tile = tile or _Tile.of(features, weight.element_size())
     options = launch_options(values)
     with torch.cuda.device_of(values):
         sparse_linear_kernel[(triton.cdiv(features, tile.columns), tokens)](
@@ -118,7 +120,7 @@ def launch_sparse_linear(
             features,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
-            LANES=32 * tile.warps * (16 // weight.element_size()) // tile.columns,
+            LANES=min(32 * tile.warps * (16 // weight.element_size()) // tile.columns, tile.rows),
             STAGES=tile.stages,
             DEPENDENT=bool(options),
             num_warps=tile.warps,
