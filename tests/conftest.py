@@ -56,14 +56,21 @@ FAMILIES = {
     ),
 }
 
-# Every implementation with every device it can be asked to run on here.
-BACKENDS = [
-    pytest.param(device, name, id=f"{name}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
-    for name, implementation in IMPLS.items()
-    for device in ("cpu", "cuda")
-    if not isinstance(implementation, Missing)
-    and not (name == "triton" and device == "cpu" and torch.cuda.is_available())
-]
+
+def backends(implementations: dict) -> list:
+    """Every implementation with every device it can be asked to run on here, as parameters of a test."""
+    only = {"triton": "cuda" if torch.cuda.is_available() else "cpu", "numba": "cpu"}
+    return [
+        pytest.param(device, name, id=f"{name}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
+        for name, implementation in implementations.items()
+        for device in ("cpu", "cuda")
+        if not isinstance(implementation, Missing)
+        and (device == "cuda" or only.get(name, "cpu") == "cpu")
+        and not (name == "numba" and device == "cuda")
+    ]
+
+
+BACKENDS = backends(IMPLS)
 
 # Relative to the largest magnitude of what is expected: a few units in the last place over a handful of layers.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}

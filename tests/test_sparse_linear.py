@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from conftest import BACKENDS, assert_close
+from conftest import assert_close, backends
 
 from qsparse_hf import topk_sparsify
-from qsparse_hf.modeling.sparse_linear import sparse_linear
+from qsparse_hf.modeling.sparse_linear import IMPLS, sparse_linear
 from qsparse_hf.modeling.sparsify import Survivors
 
+BACKENDS = backends(IMPLS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -11,6 +12,11 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 _ASKED = os.environ.get("QSPARSE_BACKEND") or None
 _said: set[str] = set()
+
+
+def is_numba_available() -> bool:
+    """Whether the package is installed; it is the extra `cpu` of ours."""
+    return find_spec("numba") is not None
 
 
 def say_once(level: int, message: str) -> None:

@@ -8,16 +8,18 @@ Shapes: T tokens, D features in, K of them kept, N features out.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import is_triton_available
 
-from .backend import Missing, choose
+from .backend import Missing, choose, is_numba_available
 from .sparsify import Survivors
 
+if is_numba_available():
+    from .decode_numba import refuses_numba, sum_of_rows
 if is_triton_available():
     from .sparse_linear_triton import Kernels
 
@@ -27,11 +29,9 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Composed:
     """The product from PyTorch's parts, around a way to sum weighted rows: `sum(values, indices, weight)`, fp32."""
 
-    def __init__(self, sum_rows) -> None:
+    def __init__(self, sum_rows: Callable[..., Tensor], refuses: Callable | None = None) -> None:
         self.sum_rows = sum_rows
-
-    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
-        return None
+        self.refuses = refuses or (lambda tensors, asked: None)
 
     def product(
         self, values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
@@ -68,6 +68,9 @@ def _sum_as_written(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
 IMPLS = {
     "triton": Kernels() if is_triton_available() else Missing("the package triton is not installed"),
+    "numba": (
+        Composed(sum_of_rows, refuses_numba) if is_numba_available() else Missing("the package numba is not installed")
+    ),
     "torch": Composed(_sum_of_bags),
     "reference": Composed(_sum_as_written),
 }

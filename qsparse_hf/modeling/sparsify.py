@@ -11,6 +11,7 @@ Shapes: D features of a token, M features of a block, K features kept.
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,9 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation, GELUTanh, ReLUSquaredActivation, SiLUActivation
 from transformers.utils import is_triton_available
 
-from .backend import Missing, choose, say_once
+from .backend import Missing, choose, is_numba_available, say_once
 from .sparsity import check_block_size, check_rescale, check_sparsity, kept_features
 
+if is_numba_available():
+    from .decode_numba import refuses_numba, survivors_by_digits
 if is_triton_available():
     from .sparsify_ops import Kernels
 
@@ -143,19 +146,30 @@ class Composed:
         y = _StraightThrough.apply(x, self.mask(x, kept, block_size))
         return _divide_by_l2_norm(y) if rescale else y
 
-    def survivors(self, form: str, inputs: tuple, kept: int, block_size: int | None, rescale: bool) -> tuple:
-        x = {"topk": lambda x: x, "rms_norm_topk": rms_norm, "glu_topk": gated}[form](*inputs)
-        mask = self.mask(x, kept, block_size)
-        y = _divide_by_l2_norm(torch.where(mask, x, 0)) if rescale else x
-        shape = *x.shape[:-1], kept * (x.shape[-1] // (block_size or x.shape[-1]))
-        indices = mask.nonzero()[:, -1].view(shape)
-        return y.gather(-1, indices), indices.int()
-
     def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, *settings) -> Tensor:
         return self.topk(rms_norm(x, weight, eps), *settings)
 
     def glu_topk(self, gate: Tensor, up: Tensor, activation: str, *settings) -> Tensor:
         return self.topk(gated(gate, up, activation), *settings)
+
+
+class Selected:
+    """Survivors alone, around a way to select them: `select(x, kept, block_size)`, values and indices."""
+
+    def __init__(self, select: Callable[..., tuple[Tensor, Tensor]], refuses: Callable | None = None) -> None:
+        self.select = select
+        self.refuses = refuses or (lambda tensors, asked: None)
+
+    def survivors(self, form: str, inputs: tuple, kept: int, block_size: int | None, rescale: bool) -> tuple:
+        x = {"topk": lambda x: x, "rms_norm_topk": rms_norm, "glu_topk": gated}[form](*inputs)
+        values, indices = self.select(x, kept, block_size)
+        return _divide_by_l2_norm(values) if rescale else values, indices
+
+
+def _survivors_of(composed: Composed, x: Tensor, kept: int, block_size: int | None) -> tuple[Tensor, Tensor]:
+    shape = *x.shape[:-1], kept * (x.shape[-1] // (block_size or x.shape[-1]))
+    indices = composed.mask(x, kept, block_size).nonzero()[:, -1].view(shape)
+    return x.gather(-1, indices), indices.int()
 
 
 IMPLS = {
@@ -164,9 +178,21 @@ IMPLS = {
     "reference": Composed(_mask_by_sort),
 }
 """Implementations by name, the preferred first. Each says what it `refuses`, and has `mask(x, kept, block_size)`, the
-bool mask of what survives, with the straight-through estimator `topk(x, kept, block_size, rescale)`,
-`rms_norm_topk(x, weight, eps, ...)` and `glu_topk(gate, up, activation, ...)`, and `survivors(form, inputs, kept, ...)`
-of one of these, values and indices."""
+bool mask of what survives, and with the straight-through estimator `topk(x, kept, block_size, rescale)`,
+`rms_norm_topk(x, weight, eps, ...)` and `glu_topk(gate, up, activation, ...)`."""
+
+SURVIVORS = {
+    "triton": IMPLS["triton"],
+    "numba": (
+        Selected(survivors_by_digits, refuses_numba)
+        if is_numba_available()
+        else Missing("the package numba is not installed")
+    ),
+    "torch": Selected(partial(_survivors_of, IMPLS["torch"])),
+    "reference": Selected(partial(_survivors_of, IMPLS["reference"])),
+}
+"""As `IMPLS`, for what goes to a decode product: `survivors(form, inputs, kept, block_size, rescale)`, the values and
+indices that one of the three forms keeps."""
 
 
 def _check_floats(x: Tensor, name: str) -> None:
@@ -194,7 +220,7 @@ def _sparsify(
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least one feature, got shape {tuple(x.shape)}")
     check_block_size(block_size, x.shape[-1])
-    implementation = choose(IMPLS, tensors, backend)
+    implementation = choose(SURVIVORS if compact else IMPLS, tensors, backend)
     if sparsity == 0 and not compact:
         return dense(*inputs)
     kept = kept_features(block_size or x.shape[-1], sparsity)
@@ -227,7 +253,7 @@ def topk_sparsify(
         block_size: None, or `M`: the top-K is taken inside each `M` consecutive features (Block Q-Sparse, N:M).
         rescale: `"l2"` divides each token by the L2 norm of what survived; its gradient is exact.
         ste: the mask is the identity in the backward pass (eq. 13). False masks the gradient too (eq. 12).
-        backend: None for the first in `IMPLS` that takes `x`, or a name there.
+        backend: None for the first in `IMPLS` (or `SURVIVORS`) that takes `x`, or a name there.
         compact: return the survivors alone, for `sparse_linear`; without a gradient, and at sparsity 0 all features.
 
     Returns:
