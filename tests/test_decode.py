@@ -51,7 +51,7 @@ def test_same_tokens_through_sparse_products(family, fields, tokens, products):
     assert {shape[:2] for shape in products} == {(1, 1)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_logits_in_every_dtype(family, dtype, tokens):
     """One feature of 64 goes, so that rounding cannot swap many."""
     model = make(sparse_config(family, sparsity=0.02), dtype=dtype)

@@ -57,6 +57,7 @@ def test_bad_arguments_are_named():
         ((kept, weight.t().contiguous().t()), ValueError, r"contiguous, got shape \(8, 6\) with strides \(1, 8\)"),
         ((kept, weight[None]), ValueError, r"got shape \(1, 8, 6\)"),
         ((kept, weight.double()), TypeError, "got torch.float32, torch.float64"),
+        ((Survivors(kept.values.int(), kept.indices), weight.int()), TypeError, "got torch.int32, torch.int32"),
         ((kept, weight, torch.randn(5)), ValueError, r"bias must have shape \(6,\), got \(5,\)"),
         ((kept, weight, None, x), ValueError, r"residual must have shape \(2, 6\), got \(2, 8\)"),
         ((kept, torch.randn(3, 6)), ValueError, "at most 3 features"),

@@ -193,7 +193,7 @@ class QSparsePreTrainedModel:
                 sparsity = sparsify.settings[0]
                 if sparsity > 0:
                     lay_out(*linears.values())
-                    sparsify.few = few_tokens(sparsity, layer.mlp.down_proj.weight.device)
+                    sparsify.few = few_tokens(sparsity, next(iter(linears.values())).weight)
             layer.__class__ = _prepared(type(layer))
         return self
 

@@ -23,7 +23,7 @@ if is_numba_available():
 if is_triton_available():
     from .sparse_linear_triton import Kernels
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Composed:
@@ -63,7 +63,8 @@ def _sum_of_bags(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
 def _sum_as_written(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """Gathers the rows, `[T, K, N]`: every other way is held against it."""
-    return torch.einsum("tk,tkn->tn", values.float(), weight[indices.long()].float())
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return torch.einsum("tk,tkn->tn", values.to(wide), weight[indices.long()].to(wide))
 
 
 IMPLS = {
@@ -87,11 +88,11 @@ def sparse_linear(
 ) -> Tensor:
     """`x @ weight + bias`, then `+ residual`, for an `x` of which only what was kept is given. No gradient.
 
-    Sums in fp32, in an order that depends on shapes alone; rounds where a linear and an addition behind it would.
+    Sums in fp32 or wider, in an order that depends on shapes alone; rounds where a linear and an addition behind it would.
 
     Args:
         kept: values and indices `[..., K]`, as `topk_sparsify(..., compact=True)` returns them.
-        weight: `[D, N]`, contiguous; bf16, fp16 or fp32 as the values.
+        weight: `[D, N]`, contiguous; bf16, fp16, fp32 or fp64 as the values.
         bias: `[N]`.
         residual: `[..., N]`.
         backend: None for the first in `IMPLS` that takes them, or a name there.
@@ -142,26 +143,37 @@ class Rows:
             linear.weight.data = part.t()
 
 
+def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch has a fast dense product there for a weight of any strides.
+
+    On CPUs without instructions for it, low precision falls off the fast path: 30 times slower.
+    """
+    asks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    if device.type != "cpu" or asks is None:
+        return True
+    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, asks)()
+
+
 class InputMajorLinear(nn.Linear):
     """A linear whose weight lies input-major; for more tokens than a few, the dense product it always was."""
 
     rows: Rows
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype != torch.float32:
-            # PyTorch's fast product in low precision wants the usual strides: a part of the weight gets them at a time.
-            bias = self.bias.split(_PART) if self.bias is not None else [None] * len(self.weight.split(_PART))
-            parts = zip(self.weight.split(_PART), bias, strict=True)
-            return torch.cat([F.linear(x, part.contiguous(), bias) for part, bias in parts], dim=-1)
-        return super().forward(x)
+        if _is_fast(x.device, x.dtype):
+            return super().forward(x)
+        wide = x.float()
+        y = torch.cat([F.linear(wide, part.float()) for part in self.weight.split(_PART)], dim=-1)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
 
 
-_PART = 1024  # features out
+_PART = 1024
+"""Features out that are widened to fp32 at a time."""
 
 
-def few_tokens(sparsity: float, device: torch.device) -> int:
+def few_tokens(sparsity: float, weight: Tensor) -> int:
     """For how many tokens at most the product of survivors is faster than the dense one: their rows add up."""
-    if device.type == "cpu":
+    if not _is_fast(weight.device, weight.dtype):
         return 16
     return max(int(1 / (1 - sparsity) + 1e-9), 1)
 
