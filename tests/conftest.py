@@ -59,14 +59,12 @@ FAMILIES = {
 
 def backends(implementations: dict) -> list:
     """Every implementation with every device it can be asked to run on here, as parameters of a test."""
-    only = {"triton": "cuda" if torch.cuda.is_available() else "cpu", "numba": "cpu"}
+    devices = {"triton": ["cuda"] if torch.cuda.is_available() else ["cpu"], "numba": ["cpu"]}
     return [
         pytest.param(device, name, id=f"{name}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
         for name, implementation in implementations.items()
-        for device in ("cpu", "cuda")
+        for device in devices.get(name, ["cpu", "cuda"])
         if not isinstance(implementation, Missing)
-        and (device == "cuda" or only.get(name, "cpu") == "cpu")
-        and not (name == "numba" and device == "cuda")
     ]
 
 

@@ -116,7 +116,7 @@ def test_training_a_prepared_model_goes_through_the_dense_products(tokens, produ
 def test_other_ways_to_generate(tokens, tiny_tokenizer, products):
     model = make(sparse_config("llama"))
     ways = {
-        "beams": {"num_beams": 3},
+        "beams": {"num_beams": 2},
         "static cache": {"cache_implementation": "static"},
         "assisted": {"assistant_model": make(sparse_config("llama"), seed=1)},
         "prompt lookup": {"prompt_lookup_num_tokens": 2},
