@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, StaticCache, TextIteratorStreamer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qsparse_hf.modeling import sparse_linear
+from qsparse_hf.modeling import modeling_qsparse, sparse_linear
 from qsparse_hf.modeling.decode_graph import DecodeGraph
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -95,11 +95,46 @@ def test_a_prepared_model_moves_and_is_copied(tokens, products):
         products.clear()
         assert torch.equal(other.generate(tokens[:1], **GREEDY), expected)
         assert len(products) == 15 * 8
-    rows = model.model.layers[0].self_attn.q_proj.rows
-    assert (
-        rows.weight.untyped_storage().data_ptr()
-        == model.model.layers[0].self_attn.v_proj.weight.untyped_storage().data_ptr()
-    )
+        rows = other.model.layers[0].self_attn.q_proj.rows
+        assert rows.are_those_of(
+            [getattr(other.model.layers[0].self_attn, name) for name in ("q_proj", "k_proj", "v_proj")]
+        )
+
+
+def test_weights_that_change_under_a_prepared_model(family, tokens, products):
+    """Whether written in place or assigned, they are what decodes next; a module in their place is named."""
+    model, other = make(sparse_config(family)).prepare_for_decode(), make(sparse_config(family), seed=1)
+    expected = other.generate(tokens[:1], **GREEDY)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model.generate(tokens[:1], **GREEDY), expected)
+    assert products
+    other = make(sparse_config(family), seed=2)
+    expected = other.generate(tokens[:1], **GREEDY)
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(model.generate(tokens[:1], **GREEDY), expected)
+    model.model.layers[0].mlp.down_proj = nn.Sequential(model.model.layers[0].mlp.down_proj)
+    with pytest.raises(RuntimeError, match="was replaced by a Sequential; call restore"):
+        model.generate(tokens[:1], **GREEDY)
+
+
+def test_under_autocast_the_products_are_those_of_autocast(tokens, products):
+    model = make(sparse_config("llama"))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.generate(tokens[:1], **GREEDY)
+        assert torch.equal(model.prepare_for_decode().generate(tokens[:1], **GREEDY), expected)
+    assert products == []
+
+
+def test_a_failure_leaves_the_model_as_it_was(monkeypatch, tokens):
+    model = make(sparse_config("llama"))
+    classes = [type(module) for module in model.modules()]
+    calls = iter(range(3))
+    real = modeling_qsparse.lay_out
+    monkeypatch.setattr(modeling_qsparse, "lay_out", lambda *linears: (next(calls), real(*linears)))
+    with pytest.raises((StopIteration, RuntimeError)):
+        model.prepare_for_decode()
+    assert [type(module) for module in model.modules()] == classes
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
 def test_training_a_prepared_model_goes_through_the_dense_products(tokens, products):

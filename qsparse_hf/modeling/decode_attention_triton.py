@@ -66,7 +66,7 @@ def decode_attention_kernel(
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
-    length = tl.load(length_ptr).to(tl.int32)  # entries before this one
+    length = tl.minimum(tl.load(length_ptr), L).to(tl.int32)  # entries before this one; never beyond what there are
     query_ptr += sequence * token_stride + head * d
     key_ptr += sequence * token_stride + head // G * d
     value_ptr += sequence * token_stride + head // G * d
@@ -84,7 +84,7 @@ def decode_attention_kernel(
     largest, total, sums = -float("inf"), 0.0, tl.zeros([d], tl.float32)
     if split == 0:
         # The new entry is not read back: other heads of its group may write it later than this one would read.
-        if head % G == 0:
+        if head % G == 0 and length < L:
             tl.store(keys_ptr + length * d + half, new_low)
             tl.store(keys_ptr + length * d + HALF + half, new_high)
             tl.store(values_ptr + length * d + whole, new_value)

@@ -54,11 +54,16 @@ class DecodeGraph:
         self.positions = torch.zeros_like(self.tokens)
         self.mask = torch.ones(sequences, 1, 1, self.entries, dtype=torch.bool, device=device)
         self.keys = cache.layers[-1].keys
+        self.weights = self._weights()
         self.lengths = [layer.cumulative_length for layer in cache.layers]
         self.windows = [layer for layer in cache.layers if type(layer) is StaticSlidingWindowLayer]
         heads = model.config.num_attention_heads
         self.arrived = torch.zeros(sequences * heads, dtype=torch.int32, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
+
+    def _weights(self) -> int:
+        """Where the model's weights are, by one of them."""
+        return self.model.base_model.layers[-1].mlp.down_proj.weight.data_ptr()
 
     @property
     def moved(self) -> bool:
@@ -68,7 +73,7 @@ class DecodeGraph:
     def serves(self, cache: object, sequences: int) -> bool:
         """Whether a step over that cache is this one."""
         same = cache is self.cache and sequences == self.tokens.shape[0] and not self.moved
-        return same and all(_has_room(layer) for layer in self.windows)
+        return same and self.weights == self._weights() and all(_has_room(layer) for layer in self.windows)
 
     def holds(self, sequences: int, entries: int) -> bool:
         """Whether the cache is large enough, and untouched but for what the graph wrote."""
@@ -119,12 +124,21 @@ class DecodeGraph:
         """Take over behind a prefill: where the next token stands, and which entries of the cache count."""
         self.positions.copy_(self.lengths[0] if position_ids is None else position_ids)
         self.mask.fill_(True)
+        self.filled = 0
         if attention_mask is not None:
-            self.mask[:, 0, 0, : attention_mask.shape[1]].copy_(attention_mask)
+            self.filled = attention_mask.shape[1] - 1
+            self.mask[:, 0, 0, : self.filled + 1].copy_(attention_mask)
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> CausalLMOutputWithPast:
-        """The step after that for the last token."""
+        """The step after that for the last token.
+
+        Raises:
+            ValueError: the cache is full.
+        """
+        self.filled += 1
+        if self.filled > self.entries:
+            raise ValueError(f"the static cache is full: it has {self.entries} entries, and this is one more")
         self.tokens.copy_(input_ids)
         if self.graph is None:
             self._capture()

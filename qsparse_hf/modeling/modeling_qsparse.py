@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from .configuration_qsparse import PROJECTION_GROUPS, QSparseConfigMixin
 from .decode_graph import DecodeGraph, Decoding, fits
-from .sparse_linear import few_tokens, lay_out, project, put_back
+from .sparse_linear import InputMajorLinear, few_tokens, lay_out, project, put_back
 from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify, Survivors
 
 
@@ -188,22 +188,27 @@ class QSparsePreTrainedModel:
                             f"{number} is {type(linear).__name__} with a {type(linear.weight.data).__name__} on "
                             f"{linear.weight.device}; merge adapters before"
                         )
-        for layer in layers:
-            for sparsify, linears in projection_groups(layer):
-                sparsity = sparsify.settings[0]
-                if sparsity > 0:
-                    lay_out(*linears.values())
-                    sparsify.few = few_tokens(sparsity, next(iter(linears.values())).weight)
-            layer.__class__ = _prepared(type(layer))
+        try:
+            for layer in layers:
+                layer.__class__ = _prepared(type(layer))
+                for sparsify, linears in projection_groups(layer):
+                    sparsity = sparsify.settings[0]
+                    if sparsity > 0:
+                        lay_out(*linears.values())
+                        sparsify.few = few_tokens(sparsity, next(iter(linears.values())).weight)
+        except BaseException:
+            self.restore()
+            raise
         return self
 
     def restore(self) -> Self:
         """Undo `prepare_for_decode`; returns the model itself."""
-        for layer in self.base_model.layers if self.is_prepared else ():
+        for layer in self.base_model.layers:
+            if not isinstance(layer, PreparedDecoderLayer):
+                continue
             for sparsify, linears in projection_groups(layer):
-                if sparsify.few:
-                    put_back(*linears.values())
-                    sparsify.few = 0
+                sparsify.few = 0
+                put_back(*(linear for linear in linears.values() if isinstance(linear, InputMajorLinear)))
             layer.__class__ = type(layer).__mro__[2]
         return self
 

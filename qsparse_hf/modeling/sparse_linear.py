@@ -88,7 +88,7 @@ def sparse_linear(
 ) -> Tensor:
     """`x @ weight + bias`, then `+ residual`, for an `x` of which only what was kept is given. No gradient.
 
-    Sums in fp32 or wider, in an order that depends on shapes alone; rounds where a linear and an addition behind it would.
+    Sums in fp32 or wider, in an order that depends on shapes alone; rounds where a linear and a sum behind it would.
 
     Args:
         kept: values and indices `[..., K]`, as `topk_sparsify(..., compact=True)` returns them.
@@ -133,14 +133,29 @@ class Rows:
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.sizes = [linear.out_features for linear in linears]
         self.weight = torch.cat([linear.weight.detach().t() for linear in linears], dim=1)  # [D, N], contiguous
-        biases = [linear.bias for linear in linears]
         self.bias = None
-        if any(bias is not None for bias in biases):
-            zero = self.weight.new_zeros
-            parts = [zero(n) if bias is None else bias for bias, n in zip(biases, self.sizes, strict=True)]
-            self.bias = torch.cat(parts).detach()
-        for linear, part in zip(linears, self.weight.split(self.sizes, dim=1), strict=True):
-            linear.weight.data = part.t()
+        if any(linear.bias is not None for linear in linears):
+            zeros = self.weight.new_zeros
+            self.bias = torch.cat(
+                [zeros(linear.out_features) if linear.bias is None else linear.bias.detach() for linear in linears]
+            )
+        start = 0
+        for linear in linears:
+            end = start + linear.out_features
+            linear.weight.data = self.weight[:, start:end].t()
+            if linear.bias is not None:
+                linear.bias.data = self.bias[start:end]
+            start = end
+
+        self.places = self._places(linears)
+
+    @staticmethod
+    def _places(linears: Sequence[nn.Linear]) -> list[int]:
+        return [linear.weight.data_ptr() for linear in linears]
+
+    def are_those_of(self, linears: Sequence[nn.Linear]) -> bool:
+        """Whether the parameters still are views of this: copying a model or assigning a state dict gives it others."""
+        return self.places == self._places(linears)
 
 
 def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
@@ -190,6 +205,8 @@ def put_back(*linears: nn.Linear) -> None:
     """Undo `lay_out`."""
     for linear in linears:
         linear.weight.data = linear.weight.data.contiguous()
+        if linear.bias is not None:
+            linear.bias.data = linear.bias.data.clone()
         linear.__class__ = nn.Linear
         del linear.rows
 
@@ -198,8 +215,19 @@ def project(x: Tensor | Survivors, *linears: nn.Linear, residual: Tensor | None 
     """What each linear makes of `x`, plus the residual where there is one; of survivors in one product.
 
     Survivors ask for linears that were laid out together.
+
+    Raises:
+        RuntimeError: one of them was replaced since, as by an adapter around it.
     """
     if isinstance(x, Survivors):
+        for linear in linears:
+            if type(linear) is not InputMajorLinear:
+                raise RuntimeError(
+                    f"a linear of a model that is prepared for decoding was replaced by a {type(linear).__name__}; "
+                    "call restore() first, and prepare_for_decode() again if it still applies"
+                )
+        if not torch.compiler.is_compiling() and not linears[0].rows.are_those_of(linears):
+            lay_out(*linears)
         rows = linears[0].rows
         return sparse_linear(x, rows.weight, rows.bias, residual).split(rows.sizes, dim=-1)
     outputs = tuple(linear(x) for linear in linears)

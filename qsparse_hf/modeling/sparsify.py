@@ -364,6 +364,8 @@ class Sparsify(nn.Module):
         """Whether a decode product comes next, which wants the survivors alone."""
         if self.few == 0 or torch.is_grad_enabled() or self.settings[0] == 0:
             return False
+        if torch.is_autocast_enabled(x.device.type):  # it casts what linears read
+            return False
         tokens = x.numel() // x.shape[-1]
         if tokens > self.few and x.ndim == 3 and x.shape[1] == 1:
             say_once(
