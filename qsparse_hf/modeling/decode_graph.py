@@ -35,6 +35,7 @@ def fits(model: nn.Module, cache: object, length: int) -> bool:
         and model.config._attn_implementation in ("sdpa", "eager")
         and head_size & (head_size - 1) == 0
         and isinstance(cache, Cache)
+        and not cache.offloading
         and all(_has_room(layer) for layer in cache.layers)
     )
 

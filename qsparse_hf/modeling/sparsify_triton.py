@@ -508,7 +508,7 @@ class _Tile:
             words_a_thread = min(words // (32 * sharing), words_a_thread)
         warps = min(tokens * units * words // (32 * words_a_thread), 32)
         if few:
-            warps = min(max(tokens * triton.next_power_of_2(features) // 512, 1), 16)
+            warps = min(max(tokens * triton.next_power_of_2(features) // 512, 1), 8)
         return cls(features, unit, fields, tokens, units, words, warps, value_bits, few)
 
     @property
