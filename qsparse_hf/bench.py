@@ -285,7 +285,7 @@ def bench_decode(
     sparsities: Iterable[float] = (0.4, 0.5, 0.6, 0.75),
     batches: Iterable[int] = (1,),
     prompts: Iterable[int] = (32,),
-    device: str = "cuda",
+    device: str | None = None,
     dtype: str = "bfloat16",
     new_tokens: int = 64,
     rounds: int = 5,
@@ -299,6 +299,7 @@ def bench_decode(
         sparsities: of every projection.
         batches: sequences decoded at once.
         prompts: their tokens before decoding starts.
+        device: "cuda" or "cpu"; None for a GPU where there is one.
         new_tokens: decoded in each measurement.
         rounds: measurements of each, in turns.
         threads: of a CPU; None leaves PyTorch's.
@@ -313,16 +314,14 @@ def bench_decode(
             raise UserError(str(error)) from error
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    for name, value, least in (
-        ("new_tokens", new_tokens, 8),
-        ("rounds", rounds, 1),
-        *(("batch", b, 1) for b in batches),
-    ):
-        if value < least:
-            raise UserError(f"{name} must be at least {least}, got {value}")
+    least = [("new_tokens", 8, new_tokens), ("rounds", 1, rounds), ("threads", 1, 1 if threads is None else threads)]
+    least += [("batch", 1, batch) for batch in batches] + [("prompt", 1, prompt) for prompt in prompts]
+    for name, smallest, value in least:
+        if value < smallest:
+            raise UserError(f"{name} must be at least {smallest}, got {value}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda' is asked for, and there is none; 'cpu' is measured too")
-    place = torch.device(device)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     results: list[dict] = []
     table, products = [], []
     with _threads(threads):

@@ -152,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N", help="sequences at once (default: 1)")
     p.add_argument("--prompts", nargs="+", type=int, default=[32], metavar="N", help="their tokens (default: 32)")
-    p.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="(default %(default)s)")
+    p.add_argument("--device", choices=["cuda", "cpu"], help="(default: cuda where there is one)")
     p.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default %(default)s)")
     p.add_argument("--new-tokens", type=int, default=64, metavar="N", help="in a measurement (default %(default)s)")
     p.add_argument("--rounds", type=int, default=5, metavar="N", help="measurements of each (default %(default)s)")

@@ -202,4 +202,6 @@ def sum_of_rows(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
         y.numpy(),
         threads,
     )
+    if torch.get_num_threads() != threads:  # Numba's first call sets OpenMP's number, which is PyTorch's too
+        torch.set_num_threads(threads)
     return y

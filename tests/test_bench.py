@@ -1,0 +1,61 @@
+"""The decode benchmark, on a model small enough for a test: what it prints and writes, and what it says of mistakes."""
+
+import json
+
+import pytest
+from conftest import dense_config, run_qsparse, sparse_config
+
+from qsparse_hf.bench import bench_decode
+from qsparse_hf.errors import UserError
+
+
+def test_a_table_of_models_and_one_of_products(tmp_path):
+    dense_config("qwen2").save_pretrained(tmp_path / "dense")
+    measured = ["--sparsities", 0.5, 0.75, "--new-tokens", 8, "--rounds", 2, "--threads", 1]
+    where = ["--device", "cpu", "--models", tmp_path / "dense", "--output", tmp_path / "decode.json"]
+    run = run_qsparse("bench", "decode", *measured, *where)
+    assert run.returncode == 0, run.stderr
+    rows = [line for line in run.stdout.splitlines() if line.startswith(f"| {tmp_path}")]
+    assert len(rows) == 2 + 2 * 4  # sparsities; and four groups of each
+    written = json.loads((tmp_path / "decode.json").read_text())
+    assert written["machine"]["gpu"] is None
+    assert written["machine"]["threads"] == 1
+    generate, *_, product = written["results"]
+    assert generate["sparsity"] == 0.5
+    assert len(generate["generate"]["dense"]) == len(generate["generate"]["sparse"]) == 2
+    assert product["group"] == "down"
+    assert product["shape"] == [96, 64]
+    assert product["microseconds"].keys() == {"dense", "sparse", "selection"}
+    assert 0 < product["share_of_copy"]["sparse"] < 1
+
+
+def test_a_sparse_config_is_taken_too(tmp_path, capsys):
+    sparse_config("llama").save_pretrained(tmp_path)
+    settings = {"sparsities": [0.5], "device": "cpu", "dtype": "float32", "new_tokens": 8, "rounds": 1}
+    assert bench_decode([str(tmp_path)], **settings)[0]["dtype"] == "float32"
+    assert "| batch |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sparsities": [1.0]}, "sparsity must be a number with 0 <= sparsity < 1"),
+        ({"models": ["nowhere/at-all"]}, "nowhere/at-all"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"batches": [0]}, "batch must be at least 1, got 0"),
+        ({"rounds": 0}, "rounds must be at least 1, got 0"),
+        ({"new_tokens": 4}, "new_tokens must be at least 8, got 4"),
+        ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"prompts": [-1]}, "prompt must be at least 1, got -1"),
+    ],
+)
+def test_mistakes_are_named(settings, said):
+    with pytest.raises(UserError, match=said):
+        bench_decode(**{"device": "cpu", "models": ["1b"]} | settings)
+
+
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path):
+    run = run_qsparse("bench", "decode", "--models", tmp_path / "none", "--device", "cpu")
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert run.stderr.startswith("qsparse: error:")
