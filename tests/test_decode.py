@@ -215,7 +215,8 @@ def test_a_decode_step_is_the_forward_it_replaces(family, padding, tokens):
         mask = torch.cat([mask, torch.ones_like(new)], dim=1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         whole = model(torch.cat([prompt, new], dim=1), attention_mask=mask, position_ids=positions).logits
-        step = DecodeGraph(model, cache, len(prompt))
+        model.decode_graph = step = DecodeGraph(model, cache, len(prompt))
+        assert copy.deepcopy(model).decode_graph is None
         step.tokens.copy_(new)
         step.positions.copy_(positions[:, -1:])
         step.mask[:, 0, 0, : mask.shape[1]].copy_(mask)

@@ -62,6 +62,9 @@ class DecodeGraph:
         self.arrived = torch.zeros(sequences * heads, dtype=torch.int32, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
+    def __reduce__(self):
+        return type(None), ()  # a copy of a model, or one from a file, captures its own
+
     def _weights(self) -> int:
         """Where the model's weights are, by one of them."""
         return self.model.base_model.layers[-1].mlp.down_proj.weight.data_ptr()

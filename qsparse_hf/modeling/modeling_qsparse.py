@@ -209,7 +209,7 @@ class QSparsePreTrainedModel:
             for sparsify, linears in projection_groups(layer):
                 sparsify.few = 0
                 put_back(*(linear for linear in linears.values() if isinstance(linear, InputMajorLinear)))
-            layer.__class__ = type(layer).__mro__[2]
+            layer.__class__ = type(layer).__bases__[1]
         return self
 
     @contextmanager
@@ -286,7 +286,9 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
         self.decode_graph = self._own_cache = None
         return super().restore()
 
-    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ):
         """As in Transformers; a prepared model on a GPU takes a static cache where nobody asks for another."""
         if self.is_prepared and self.device.type == "cuda":
             given = {
@@ -297,7 +299,7 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
             chosen = given["cache_implementation"] or given["prompt_lookup_num_tokens"]
             if plain and not chosen and not kwargs.keys() & {"past_key_values", "assistant_model"}:
                 kwargs["cache_implementation"] = "static"
-        outputs = super().generate(inputs, generation_config, **kwargs)
+        outputs = super().generate(inputs, generation_config, *args, **kwargs)
         if isinstance(outputs, ModelOutput):
             self._own_cache = None  # it is the caller's now
         return outputs
