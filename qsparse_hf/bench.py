@@ -102,7 +102,7 @@ def _set_sparsity(model: PreTrainedModel, sparsity: float) -> None:
 
 
 def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int, cache: StaticCache | None) -> float:
-    """Microseconds a token of `generate`, from the fourth to the last, host and device."""
+    """Microseconds a token of `generate`, behind the fourth, host and device."""
     clock = _Clock()
     settled = 3
     if cache is not None:
@@ -119,7 +119,7 @@ def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int, cache: St
     )
     if prompt.is_cuda:
         torch.cuda.synchronize()
-    return (time.perf_counter() - clock.times[settled]) / (new_tokens - settled) * 1e6
+    return (time.perf_counter() - clock.times[settled]) / (new_tokens - settled - 1) * 1e6
 
 
 def _step(model: PreTrainedModel, cache: StaticCache, sequences: int) -> Callable[[], None]:
@@ -143,9 +143,9 @@ def _step(model: PreTrainedModel, cache: StaticCache, sequences: int) -> Callabl
     return captured(step, 1)
 
 
-def _graph_step(model: PreTrainedModel) -> Callable[[], None]:
+def _graph_step(cache: StaticCache) -> Callable[[], None]:
     """A prepared model's, as `generate` captured it."""
-    graph = model.decode_graph
+    graph = cache.decode_graph
 
     def step() -> None:
         graph.graph.replay()
@@ -160,7 +160,7 @@ def _millijoules(step: Callable[[], None], seconds: float = 1.0) -> float | None
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
         before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except Exception:  # no package, no driver, no permission, no counter: all the same here
         return None
@@ -201,7 +201,7 @@ def _decode_rows(
                 times[name].append(_generate(model, prompt, new_tokens, cache))
         row = {"sparsity": sparsity, "sequences": sequences, "prompt": prompt_length, "generate": times}
         if on_gpu:
-            steps = {"dense": dense_step, "sparse": _graph_step(sparse)}
+            steps = {"dense": dense_step, "sparse": _graph_step(caches[1])}
             row["step"] = interleaved(steps, 3 * rounds)
             row["millijoules"] = {name: _millijoules(step) for name, step in steps.items()}
         rows.append(row)

@@ -8,10 +8,15 @@ import torch
 from conftest import assert_close, make, sparse_config
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, StaticCache, TextIteratorStreamer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LogitsProcessorList,
+    StaticCache,
+    TextIteratorStreamer,
+)
 
-from qsparse_hf.modeling import modeling_qsparse, sparse_linear
+from qsparse_hf.modeling import decode_graph, modeling_qsparse, sparse_linear
 from qsparse_hf.modeling.decode_graph import DecodeGraph
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -170,10 +175,12 @@ def test_other_ways_to_generate(tokens, tiny_tokenizer, products):
     assert torch.equal(model.restore().generate(tokens[:1, :10], **GREEDY | {"do_sample": True}), sampled)
     streamer = TextIteratorStreamer(tiny_tokenizer)
     model.prepare_for_decode().generate(tokens[:1, :10], **GREEDY, streamer=streamer)
-    assert len("".join(streamer)) > 0
+    written = model.generate(tokens[:1, :10], **GREEDY)
+    assert "".join(streamer) == tiny_tokenizer.decode(written[0])
 
 
-def test_a_large_batch_is_decoded_densely_and_that_is_said(caplog, products):
+def test_a_large_batch_is_decoded_densely_and_that_is_said(caplog, products, monkeypatch):
+    monkeypatch.setattr("qsparse_hf.modeling.backend._said", set())
     model = make(sparse_config("llama")).prepare_for_decode()
     few = model.model.layers[0].input_layernorm.few
     prompt = torch.full((few + 1, 4), 7)
@@ -199,6 +206,126 @@ def test_what_cannot_be_prepared_is_named(tokens):
         empty.prepare_for_decode()
 
 
+@pytest.fixture
+def replays(monkeypatch) -> list[DecodeGraph]:
+    """Steps run where a GPU replays them, through Triton's interpreter; a list of those captured, which grows."""
+    captured = []
+
+    class Replay:
+        def __init__(self, step: DecodeGraph) -> None:
+            self.step = step
+
+        def replay(self) -> None:
+            self.step.logits = self.step._step()
+
+    def capture(step: DecodeGraph) -> None:
+        step.graph = Replay(step)
+        captured.append(step)
+
+    monkeypatch.setattr(DecodeGraph, "_capture", capture)
+    for module in (decode_graph, modeling_qsparse):
+        monkeypatch.setattr(module, "has_graphs", lambda device: True)
+    monkeypatch.setattr(decode_graph, "runs", lambda *arguments: True)
+    monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", lambda self, kwargs, config: self.is_prepared
+                        and isinstance(kwargs.get("past_key_values"), StaticCache))  # fmt: skip
+    return captured
+
+
+def test_one_step_for_many_calls(family, tokens, replays):
+    """Lengths within the cache, padding and sampling change, the step stays; the tokens are the unprepared model's."""
+    model = make(sparse_config(family))
+    longest = 8 if family != "llama" else 20  # the families' windows
+    padding = {"attention_mask": torch.tensor([[0, 0, 1, 1]])}
+    calls = [
+        {"inputs": tokens[:1, :4], "max_new_tokens": longest - 4},
+        {"inputs": tokens[1:, :3], "max_new_tokens": 4},
+        {"inputs": tokens[:1, 4:8], "max_new_tokens": 3} | padding,
+        {"inputs": tokens[:1, :4], "max_new_tokens": 4},
+    ]
+    expected = [model.generate(**GREEDY | call) for call in calls]
+    model.prepare_for_decode()
+    for call, wanted in zip(calls, expected, strict=True):
+        assert torch.equal(model.generate(**GREEDY | call), wanted)
+    assert len(replays) == 1
+    torch.manual_seed(0)
+    sampled = model.generate(**GREEDY | calls[0] | {"do_sample": True})
+    model.scale_sparsity(0.5)
+    model.generate(**GREEDY | calls[0])
+    assert len(replays) == 2  # another K is another step
+    model.scale_sparsity(1)
+    torch.manual_seed(0)
+    assert torch.equal(model.restore().generate(**GREEDY | calls[0] | {"do_sample": True}), sampled)
+    assert model._spare_cache is None
+
+
+@pytest.mark.parametrize("fields", [{}, {"sparsity_per_projection": {"qkv": 0}}], ids=str)
+@pytest.mark.parametrize("sequences", [2, 3])
+def test_batches_in_one_step(family, fields, sequences, tokens, replays):
+    """Within and beyond the products' profitable size; q, k and v are parts of one tensor, or not."""
+    model = make(sparse_config(family, **fields))
+    prompts = torch.cat([tokens, tokens.flip(0)])[:sequences, :4]
+    call = GREEDY | {"inputs": prompts, "max_new_tokens": 4}
+    expected = model.generate(**call)
+    assert torch.equal(model.prepare_for_decode().generate(**call), expected)
+    assert len(replays) == 1
+
+
+def test_a_window_that_moves_is_left_to_transformers(tokens, replays):
+    model = make(sparse_config("mistral"))
+    expected = model.generate(tokens[:1, :4], **GREEDY)
+    assert torch.equal(model.prepare_for_decode().generate(tokens[:1, :4], **GREEDY), expected)
+    assert len(replays) == 1
+
+
+def test_who_holds_a_cache_keeps_it(tokens, replays):
+    model = make(sparse_config("llama"))
+    prompt = tokens[:1, :6]
+    ways = {
+        "returned": {"return_dict_in_generate": True},
+        "given": {"past_key_values": StaticCache(config=model.config, max_cache_len=32)},
+        "beams": {"num_beams": 3, "cache_implementation": "static"},
+        "assisted": {"assistant_model": make(sparse_config("llama"), seed=1).prepare_for_decode()},
+        "no cache": {"use_cache": False},
+    }
+    expected = model.generate(prompt, **GREEDY)
+    model.prepare_for_decode()
+    for name, way in ways.items():
+        result = model.generate(prompt, **GREEDY | way)
+        if name != "beams":
+            assert torch.equal(getattr(result, "sequences", result), expected), name
+    returned = model.generate(prompt, **GREEDY | ways["returned"])
+    model.generate(tokens[1:, :6], **GREEDY)
+    goes_on = torch.cat([returned.sequences, tokens[:1, 6:9]], dim=1)
+    assert torch.equal(
+        model.generate(goes_on, past_key_values=returned.past_key_values, **GREEDY), model.generate(goes_on, **GREEDY)
+    )
+    with torch.inference_mode():
+        model.generate(prompt, **GREEDY)
+    assert torch.equal(model.generate(prompt, **GREEDY), expected)
+
+
+def test_calls_at_once_have_caches_of_their_own(tokens, replays):
+    model = make(sparse_config("llama")).prepare_for_decode()
+    alone = [model.generate(tokens[i : i + 1, :6], **GREEDY) for i in range(2)]
+    inner = []
+
+    def within(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] == 9:
+            inner.append(model.generate(tokens[1:, :6], **GREEDY))
+        return scores
+
+    outer = model.generate(tokens[:1, :6], logits_processor=LogitsProcessorList([within]), **GREEDY)
+    assert torch.equal(outer, alone[0])
+    assert torch.equal(inner[0], alone[1])
+
+
+def test_a_full_cache_is_said(tokens, replays):
+    model = make(sparse_config("llama")).prepare_for_decode()
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    with pytest.raises(ValueError, match="the static cache is full: it has 8 entries"):
+        model.generate(tokens[:1, :6], past_key_values=cache, **GREEDY)
+
+
 @pytest.mark.parametrize("padding", [0, 3])
 def test_a_decode_step_is_the_forward_it_replaces(family, padding, tokens):
     """What the graph replays, without the graph: a CPU has none."""
@@ -215,12 +342,10 @@ def test_a_decode_step_is_the_forward_it_replaces(family, padding, tokens):
         mask = torch.cat([mask, torch.ones_like(new)], dim=1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         whole = model(torch.cat([prompt, new], dim=1), attention_mask=mask, position_ids=positions).logits
-        model.decode_graph = step = DecodeGraph(model, cache, len(prompt))
-        assert copy.deepcopy(model).decode_graph is None
+        cache.decode_graph = step = DecodeGraph(model, cache, len(prompt))
+        assert copy.deepcopy(cache).decode_graph is None
         step.tokens.copy_(new)
         step.positions.copy_(positions[:, -1:])
         step.mask[:, 0, 0, : mask.shape[1]].copy_(mask)
         assert_close(step._step()[:, 0], whole[:, -1])
     assert [layer.cumulative_length.item() for layer in cache.layers] == [7, 7]
-    assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
-    assert ALL_ATTENTION_FUNCTIONS.get_interface(model.config._attn_implementation, None) is not None

@@ -161,14 +161,14 @@ def test_a_prepared_model_replays_one_graph(family, tokens):
     graphs = []
     for call, wanted in zip(calls, expected, strict=True):
         assert torch.equal(model.generate(**GREEDY | call), wanted)
-        graphs.append(model.decode_graph.graph)
+        graphs.append(model._spare_cache.decode_graph.graph)
     assert graphs[0] is not None
     assert all(graph is graphs[0] for graph in graphs)
     torch.manual_seed(0)
     model.generate(**GREEDY | calls[0] | {"do_sample": True})
-    assert model.decode_graph.graph is graphs[0]
+    assert model._spare_cache.decode_graph.graph is graphs[0]
     model.restore()
-    assert model.decode_graph is None
+    assert model._spare_cache is None
 
 
 def test_a_window_that_moves_and_a_batch_that_is_large(family, tokens):
@@ -211,8 +211,8 @@ def test_a_decode_step_at_size(dtype, heads):
     options = GREEDY | {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 4}
     expected = model.generate(prompt, **options)
     model.prepare_for_decode()
-    actual = model.generate(prompt, **options)
-    assert model.decode_graph is not None
+    actual = model.generate(prompt, **options | {"cache_implementation": "static"})
+    assert actual.past_key_values.decode_graph.graph is not None
     same = 1 + (expected.sequences == actual.sequences)[0, 700:].long().cumprod(0).sum()
     for step in range(min(same, 4)):
         assert_close(actual.logits[step], expected.logits[step])

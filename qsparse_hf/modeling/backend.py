@@ -43,6 +43,11 @@ class Missing:
         return self.reason
 
 
+def runs(name: str, implementations: Mapping[str, Implementation], tensors: Sequence[Tensor]) -> bool:
+    """Whether that implementation is the one that runs on these."""
+    return choose(implementations, tensors, None) is implementations[name]
+
+
 def choose(
     implementations: Mapping[str, Implementation], tensors: Sequence[Tensor], name: str | None
 ) -> Implementation:

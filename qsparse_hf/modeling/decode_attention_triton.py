@@ -39,7 +39,9 @@ def decode_attention_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    token_stride,
+    query_stride,
+    key_stride,
+    value_stride,
     cos_ptr,
     sin_ptr,
     keys_ptr,
@@ -67,9 +69,9 @@ def decode_attention_kernel(
         gdc_wait()
         gdc_launch_dependents()
     length = tl.minimum(tl.load(length_ptr), L).to(tl.int32)  # entries before this one; never beyond what there are
-    query_ptr += sequence * token_stride + head * d
-    key_ptr += sequence * token_stride + head // G * d
-    value_ptr += sequence * token_stride + head // G * d
+    query_ptr += sequence * query_stride + head * d
+    key_ptr += sequence * key_stride + head // G * d
+    value_ptr += sequence * value_stride + head // G * d
     cos_ptr += sequence * d
     sin_ptr += sequence * d
     low, high = _rotated(tl.load(query_ptr + half), tl.load(query_ptr + HALF + half), cos_ptr, sin_ptr, HALF)
@@ -172,6 +174,8 @@ def decode_attention(
             key,
             value,
             query.stride(0),
+            key.stride(0),
+            value.stride(0),
             cos,
             sin,
             keys,

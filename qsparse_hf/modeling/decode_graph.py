@@ -6,12 +6,16 @@ hand; this one is captured from the prepared model as it is, in less than a seco
 """
 
 from collections.abc import Callable
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from transformers.utils import is_triton_available
+
+from .backend import runs
+from .sparsify import SURVIVORS, Sparsify
 
 if is_triton_available():
     from .decode_attention_triton import decode_attention
@@ -24,16 +28,23 @@ def _has_room(layer: CacheLayerMixin) -> bool:
     return type(layer) is StaticLayer and layer.is_initialized
 
 
+def has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda" and is_triton_available()
+
+
 def fits(model: nn.Module, cache: object, length: int) -> bool:
     """Whether a forward over `length` tokens a sequence and this cache can be such a step."""
-    head_size = model.config.head_dim
+    if length != 1 or not has_graphs(model.device):
+        return False
+    config, head_size = model.config, model.base_model.layers[0].self_attn.head_dim
+    weight = model.base_model.layers[0].mlp.down_proj.weight
     return (
-        length == 1
-        and is_triton_available()
-        and model.device.type == "cuda"
-        and len(set(getattr(model, "hf_device_map", {}).values())) <= 1
-        and model.config._attn_implementation in ("sdpa", "eager")
+        len(set(getattr(model, "hf_device_map", {}).values())) <= 1
+        and config._attn_implementation in ("sdpa", "eager")
+        and (getattr(config, "rope_parameters", None) or {}).get("rope_type") != "dynamic"  # it looks at the length
         and head_size & (head_size - 1) == 0
+        and runs("triton", SURVIVORS, [weight])
+        and not torch.is_autocast_enabled(model.device.type)
         and isinstance(cache, Cache)
         and not cache.offloading
         and all(_has_room(layer) for layer in cache.layers)
@@ -41,47 +52,45 @@ def fits(model: nn.Module, cache: object, length: int) -> bool:
 
 
 class DecodeGraph:
-    """A model's decode step over one cache.
+    """A model's decode step over one cache, to which it belongs.
 
     Its inputs are copied to where the graph reads them; its logits are overwritten by the next step.
     """
 
     def __init__(self, model: nn.Module, cache: Cache, sequences: int) -> None:
         device = model.device
-        self.model = model
-        self.cache = cache
+        self.model = ref(model)
+        self.cache = ref(cache)
         self.entries = max(layer.max_cache_len for layer in cache.layers)
         self.tokens = torch.zeros(sequences, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.tokens)
         self.mask = torch.ones(sequences, 1, 1, self.entries, dtype=torch.bool, device=device)
         self.keys = cache.layers[-1].keys
-        self.weights = self._weights()
         self.lengths = [layer.cumulative_length for layer in cache.layers]
         self.windows = [layer for layer in cache.layers if type(layer) is StaticSlidingWindowLayer]
         heads = model.config.num_attention_heads
         self.arrived = torch.zeros(sequences * heads, dtype=torch.int32, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.captured: object = None
 
     def __reduce__(self):
-        return type(None), ()  # a copy of a model, or one from a file, captures its own
+        return type(None), ()  # a copy of a cache, or one from a file, has none
 
-    def _weights(self) -> int:
-        """Where the model's weights are, by one of them."""
-        return self.model.base_model.layers[-1].mlp.down_proj.weight.data_ptr()
+    def _inside(self) -> tuple:
+        """What a graph was captured with, and cannot notice the change of."""
+        model = self.model()
+        places = tuple(parameter.data_ptr() for parameter in model.parameters())
+        return places, tuple(module.settings for module in model.modules() if isinstance(module, Sparsify))
 
     @property
     def moved(self) -> bool:
         """Whether the cache's tensors are no longer those of the graph, as beam search replaces them in every step."""
-        return self.cache.layers[-1].keys is not self.keys
+        return self.cache().layers[-1].keys is not self.keys
 
-    def serves(self, cache: object, sequences: int) -> bool:
-        """Whether a step over that cache is this one."""
-        same = cache is self.cache and sequences == self.tokens.shape[0] and not self.moved
-        return same and self.weights == self._weights() and all(_has_room(layer) for layer in self.windows)
-
-    def holds(self, sequences: int, entries: int) -> bool:
-        """Whether the cache is large enough, and untouched but for what the graph wrote."""
-        return sequences == self.tokens.shape[0] and entries <= self.entries and not self.moved
+    def serves(self, sequences: int) -> bool:
+        """Whether a step of the cache for that many sequences is this one."""
+        same = sequences == self.tokens.shape[0] and not self.moved
+        return same and all(_has_room(layer) for layer in self.windows)
 
     def attend(
         self,
@@ -100,11 +109,11 @@ class DecodeGraph:
         )
 
     def _step(self) -> Tensor:
-        outputs = self.model(
+        outputs = self.model()(
             self.tokens,
             position_ids=self.positions,
             attention_mask=self.mask,
-            past_key_values=self.cache,
+            past_key_values=self.cache(),
             use_cache=True,
             decode_step=self,
         )
@@ -120,18 +129,19 @@ class DecodeGraph:
             torch._foreach_sub_([*self.lengths, self.positions], 1)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self.logits = self._step()
         self.graph = graph
 
     def start(self, position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
         """Take over behind a prefill: where the next token stands, and which entries of the cache count."""
+        if self.captured != self._inside():
+            self.graph = None
         self.positions.copy_(self.lengths[0] if position_ids is None else position_ids)
         self.mask.fill_(True)
-        self.filled = 0
+        self.filled = int(self.lengths[0])  # waits for the prefill
         if attention_mask is not None:
-            self.filled = attention_mask.shape[1] - 1
-            self.mask[:, 0, 0, : self.filled + 1].copy_(attention_mask)
+            self.mask[:, 0, 0, : attention_mask.shape[1]].copy_(attention_mask)
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> CausalLMOutputWithPast:
@@ -143,13 +153,15 @@ class DecodeGraph:
         self.filled += 1
         if self.filled > self.entries:
             raise ValueError(f"the static cache is full: it has {self.entries} entries, and this is one more")
-        self.tokens.copy_(input_ids)
-        if self.graph is None:
-            self._capture()
-        self.graph.replay()
+        with torch.cuda.device_of(self.tokens):
+            self.tokens.copy_(input_ids)
+            if self.graph is None:
+                self._capture()
+                self.captured = self._inside()
+            self.graph.replay()
         for layer in self.windows:
             layer.cumulative_length_int += 1
-        return CausalLMOutputWithPast(logits=self.logits, past_key_values=self.cache)
+        return CausalLMOutputWithPast(logits=self.logits, past_key_values=self.cache())
 
 
 class Decoding:
@@ -161,18 +173,18 @@ class Decoding:
         self.graph: DecodeGraph | None = None
 
     def __call__(self, input_ids: Tensor, past_key_values: object, **inputs) -> ModelOutput:
-        if self.graph is not None and self.graph.serves(past_key_values, len(input_ids)):
+        if self.graph is not None and self.graph.serves(len(input_ids)):
             return self.graph(input_ids)
         given = {"input_ids": input_ids, "past_key_values": past_key_values, **inputs}
         if inputs.get("output_attentions") or inputs.get("output_hidden_states"):
             return self.model(**given)
-        graph = self.model.decode_graph
-        if graph is not None and graph.cache is past_key_values and graph.moved:
-            return self.model(**given)
         if not fits(self.model, past_key_values, input_ids.shape[1]):
             return self.forward(**given)
-        if graph is None or not graph.serves(past_key_values, len(input_ids)):
-            self.model.decode_graph = graph = DecodeGraph(self.model, past_key_values, len(input_ids))
+        graph = getattr(past_key_values, "decode_graph", None)
+        if graph is not None and graph.moved:
+            return self.model(**given)
+        if graph is None or graph.model() is not self.model or not graph.serves(len(input_ids)):
+            graph = past_key_values.decode_graph = DecodeGraph(self.model, past_key_values, len(input_ids))
         self.graph = graph
         graph.start(inputs.get("position_ids"), inputs.get("attention_mask"))
         return graph(input_ids)

@@ -9,24 +9,29 @@ B batch, T tokens, D hidden size, H heads, d head size.
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from .configuration_qsparse import PROJECTION_GROUPS, QSparseConfigMixin
-from .decode_graph import DecodeGraph, Decoding, fits
+from .decode_graph import DecodeGraph, Decoding, fits, has_graphs
 from .sparse_linear import InputMajorLinear, few_tokens, lay_out, project, put_back
 from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify, Survivors
+
+_call = threading.local()
+"""Of a thread's call of `generate`: the cache that is a spare afterwards."""
 
 
 def sparsify_settings(config: QSparseConfigMixin, group: str, layer: int) -> tuple[float, int | None, str, bool]:
@@ -192,10 +197,9 @@ class QSparsePreTrainedModel:
             for layer in layers:
                 layer.__class__ = _prepared(type(layer))
                 for sparsify, linears in projection_groups(layer):
-                    sparsity = sparsify.settings[0]
-                    if sparsity > 0:
+                    if sparsify.sparsity > 0:
                         lay_out(*linears.values())
-                        sparsify.few = few_tokens(sparsity, next(iter(linears.values())).weight)
+                        sparsify.few = few_tokens(sparsify.sparsity, next(iter(linears.values())).weight)
         except BaseException:
             self.restore()
             raise
@@ -278,42 +282,58 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    decode_graph: DecodeGraph | None = None
-    """The step that `generate` replays, of a prepared model on a GPU; kept with its cache for the next call."""
-    _own_cache: Cache | None = None
+    _spare_cache: Cache | None = None
+    """The cache of the last call of `generate`, with the graph that decodes over it, for the next one."""
 
     def restore(self) -> Self:
-        self.decode_graph = self._own_cache = None
+        self._spare_cache = None
         return super().restore()
 
-    def generate(
-        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
-    ):
-        """As in Transformers; a prepared model on a GPU takes a static cache where nobody asks for another."""
-        if self.is_prepared and self.device.type == "cuda":
-            given = {
-                name: kwargs.get(name, getattr(generation_config or self.generation_config, name, None))
-                for name in ("use_cache", "num_beams", "cache_implementation", "prompt_lookup_num_tokens")
-            }
-            plain = given["use_cache"] is not False and (given["num_beams"] or 1) == 1
-            chosen = given["cache_implementation"] or given["prompt_lookup_num_tokens"]
-            if plain and not chosen and not kwargs.keys() & {"past_key_values", "assistant_model"}:
-                kwargs["cache_implementation"] = "static"
-        outputs = super().generate(inputs, generation_config, *args, **kwargs)
-        if isinstance(outputs, ModelOutput):
-            self._own_cache = None  # it is the caller's now
-        return outputs
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        outer, _call.cache = getattr(_call, "cache", None), None
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            used, _call.cache = _call.cache, outer
+            if used is not None:
+                self._spare_cache = used
 
-    def _prepare_static_cache(self, cache_implementation, batch_size, max_cache_len, *args, **kwargs):
-        graph = self.decode_graph
-        if graph is not None and graph.cache is self._own_cache and graph.holds(batch_size, max_cache_len):
-            self._own_cache.reset()
-            return self._own_cache
-        self.decode_graph = None  # frees the one before
-        self._own_cache = super()._prepare_static_cache(
-            cache_implementation, batch_size, max_cache_len, *args, **kwargs
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ) -> None:
+        """As in Transformers; a prepared model on a GPU takes a static cache where any would do, and takes it again."""
+        ours = (
+            self.is_prepared
+            and has_graphs(self.device)
+            and generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            and generation_config.cache_implementation in (None, "static")
+            and generation_config.use_cache is not False
+            and model_kwargs.get("past_key_values") is None
+            # The caller may go on with a cache that is returned.
+            and not generation_config.return_dict_in_generate
+            and not generation_config.is_assistant
+            and not generation_config.prefill_chunk_size
+            and not torch.is_autocast_enabled(self.device.type)
         )
-        return self._own_cache
+        if not ours:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        generation_config.cache_implementation = "static"
+        sequences = batch_size * generation_config.num_return_sequences
+        size = sequences, torch.is_inference_mode_enabled()
+        spare = vars(self).pop("_spare_cache", None)  # nobody else's then
+        if spare is not None and spare.size == size and spare.asked >= max_cache_length:
+            spare.reset()
+            model_kwargs["past_key_values"] = spare
+        else:
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+            spare = model_kwargs["past_key_values"]
+            spare.size, spare.asked = size, max_cache_length
+        _call.cache = spare
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """As in Transformers, but for a step that runs as a graph, which has its mask inside."""
