@@ -307,6 +307,7 @@ def bench_decode(
     Raises:
         UserError: a value outside these; the message names it.
     """
+    models, sparsities, batches, prompts = list(models), list(sparsities), list(batches), list(prompts)
     for sparsity in sparsities:
         try:
             check_sparsity(sparsity)
@@ -321,6 +322,8 @@ def bench_decode(
             raise UserError(f"{name} must be at least {smallest}, got {value}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda' is asked for, and there is none; 'cpu' is measured too")
+    if output and not Path(output).absolute().parent.is_dir():
+        raise UserError(f"output must be a file in a folder that exists, got {output}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     results: list[dict] = []
     table, products = [], []

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .errors import UserError, user_errors
 from .modeling.configuration_qsparse import PROJECTION_GROUPS
+from .modeling.modeling_qsparse import QSparsePreTrainedModel
 from .modeling.sparsity import kept_features
 
 _GROUP_OF = {name: group for group, names in PROJECTION_GROUPS.items() for name in names}
@@ -177,6 +178,9 @@ def sparsity_report(model: nn.Module, batch: Tensor | Mapping | Iterable[Tensor 
     parameters: dict[int, dict[str, int]] = {}
     was_training = model.training
     with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, QSparsePreTrainedModel) and module.is_prepared:
+                stack.enter_context(module.as_restored())  # decode products would not run the hooks
         for layer, group, module in projections(model):
             weights = parameters.setdefault(layer, dict.fromkeys(PROJECTION_GROUPS, 0))
             weights[group] += module.in_features * module.out_features

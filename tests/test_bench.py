@@ -46,6 +46,7 @@ def test_a_sparse_config_is_taken_too(tmp_path, capsys):
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"new_tokens": 4}, "new_tokens must be at least 8, got 4"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
+        ({"output": "/nowhere/decode.json"}, "output must be a file in a folder that exists, got /nowhere/decode.json"),
         ({"prompts": [-1]}, "prompt must be at least 1, got -1"),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import assert_close, make, sparse_config
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +17,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from qsparse_hf import sparsity_report
 from qsparse_hf.modeling import decode_graph, modeling_qsparse, sparse_linear
 from qsparse_hf.modeling.decode_graph import DecodeGraph
 
@@ -140,6 +142,30 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch, tokens):
         model.prepare_for_decode()
     assert [type(module) for module in model.modules()] == classes
     assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+def test_a_state_dict_is_an_ordinary_one(tmp_path):
+    model = make(sparse_config("llama"))
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.prepare_for_decode()
+    save_file(model.state_dict(), tmp_path / "file")
+    model.save_pretrained(tmp_path / "folder", state_dict=model.state_dict())
+    assert model.is_prepared
+    for saved in (load_file(tmp_path / "file"), load_file(tmp_path / "folder" / "model.safetensors")):
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.items())
+
+
+def test_adapters_on_a_prepared_model(tokens, tmp_path):
+    model = make(sparse_config("llama")).prepare_for_decode()
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"]))
+    with pytest.raises(RuntimeError, match=r"replaced by a Linear; call restore"):
+        adapted.generate(input_ids=tokens[:1], **GREEDY)
+    model.restore()
+    adapted.generate(input_ids=tokens[:1], **GREEDY)
+    assert adapted.merge_and_unload().prepare_for_decode().is_prepared
+    with torch.no_grad():
+        assert sparsity_report(model, tokens[:1, :1]).tokens == 1  # its hooks see a prepared model too
+    assert model.is_prepared
 
 
 def test_training_a_prepared_model_goes_through_the_dense_products(tokens, products):

@@ -3,7 +3,8 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from functools import cache
+from importlib import import_module
 from typing import Protocol
 
 import torch
@@ -14,9 +15,15 @@ _ASKED = os.environ.get("QSPARSE_BACKEND") or None
 _said: set[str] = set()
 
 
+@cache
 def is_numba_available() -> bool:
-    """Whether the package is installed; it is the extra `cpu` of ours."""
-    return find_spec("numba") is not None
+    """Whether the package is installed and goes with the rest; it is the extra `cpu` of ours."""
+    try:
+        import_module("numba")
+    except ImportError as error:
+        say_once(logging.INFO, f"numba is left out: {error}")
+        return False
+    return True
 
 
 def say_once(level: int, message: str) -> None:

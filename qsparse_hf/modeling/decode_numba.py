@@ -7,6 +7,7 @@ Floats of 16 bits come as `uint16`, of 32 bits as `uint32`, as Numba knows no bf
 them kept, N features out.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,6 +23,7 @@ try:
 except ImportError as error:
     raise ImportError("these kernels need the package numba") from error
 
+_one_at_a_time = threading.Lock()  # not all of Numba's thread pools bear two callers
 _LINE = 32
 """Values of 16 bits in a cache line."""
 _SMALL = 64
@@ -194,14 +196,10 @@ def sum_of_rows(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     integer, _, _, product = _KINDS[weight.dtype]
     y = values.new_empty(values.shape[0], weight.shape[1], dtype=torch.float32)
     threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    product(
-        values.contiguous().view(integer).numpy(),
-        indices.contiguous().numpy(),
-        weight.detach().view(integer).numpy(),
-        y.numpy(),
-        threads,
-    )
+    inputs = values.contiguous().view(integer), indices.contiguous(), weight.detach().view(integer)
+    with _one_at_a_time:
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        product(*(each.numpy() for each in inputs), y.numpy(), threads)
     if torch.get_num_threads() != threads:  # Numba's first call sets OpenMP's number, which is PyTorch's too
         torch.set_num_threads(threads)
     return y

@@ -172,7 +172,8 @@ class QSparsePreTrainedModel:
 
         The projections' weights change their strides, in place; their names, shapes and values stay, and `restore`
         undoes it. On a GPU `generate` then also takes a static cache, unless told which, and replays each step as a
-        CUDA graph. Training, prefill and batches too large to gain go on with dense products.
+        CUDA graph. Training, prefill and batches too large to gain go on with dense products. Hooks on the projections
+        do not see the tokens that others decode.
 
         Returns:
             the model itself.
@@ -183,18 +184,10 @@ class QSparsePreTrainedModel:
         """
         if self.is_prepared:
             return self
-        layers = self.base_model.layers
-        for number, layer in enumerate(layers):
-            for _, linears in projection_groups(layer):
-                for name, linear in linears.items():
-                    if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor or linear.weight.is_meta:
-                        raise ValueError(
-                            f"prepare_for_decode needs plain linears with their weights in memory, and {name} of layer "
-                            f"{number} is {type(linear).__name__} with a {type(linear.weight.data).__name__} on "
-                            f"{linear.weight.device}; merge adapters before"
-                        )
+        if obstacle := self._obstacle():
+            raise ValueError(f"prepare_for_decode needs plain linears with their weights in memory, and {obstacle}")
         try:
-            for layer in layers:
+            for layer in self.base_model.layers:
                 layer.__class__ = _prepared(type(layer))
                 for sparsify, linears in projection_groups(layer):
                     if sparsify.sparsity > 0:
@@ -205,36 +198,53 @@ class QSparsePreTrainedModel:
             raise
         return self
 
+    def _obstacle(self) -> str | None:
+        """What keeps the model from being prepared."""
+        for number, layer in enumerate(self.base_model.layers):
+            for _, linears in projection_groups(layer):
+                for name, linear in linears.items():
+                    if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor or linear.weight.is_meta:
+                        return (
+                            f"{name} of layer {number} is {type(linear).__name__} with a "
+                            f"{type(linear.weight.data).__name__} on {linear.weight.device}; merge adapters before"
+                        )
+        return None
+
     def restore(self) -> Self:
         """Undo `prepare_for_decode`; returns the model itself."""
-        for layer in self.base_model.layers:
-            if not isinstance(layer, PreparedDecoderLayer):
-                continue
-            for sparsify, linears in projection_groups(layer):
-                sparsify.few = 0
-                put_back(*(linear for linear in linears.values() if isinstance(linear, InputMajorLinear)))
-            layer.__class__ = type(layer).__bases__[1]
+        for module in self.modules():  # adapters may have come around linears since
+            if isinstance(module, InputMajorLinear):
+                put_back(module)
+            elif isinstance(module, Sparsify):
+                module.few = 0
+            elif isinstance(module, PreparedDecoderLayer):
+                module.__class__ = type(module).__bases__[1]
         return self
 
     @contextmanager
-    def _restored(self) -> Iterator[None]:
-        """For what looks at the weights' strides."""
+    def as_restored(self) -> Iterator[None]:
+        """Undone for a while, for what looks at the weights' strides or hooks the projections."""
         prepared = self.is_prepared
         self.restore()
         try:
             yield
         finally:
-            if prepared:
+            if prepared and self._obstacle() is None:
                 self.prepare_for_decode()
 
+    def state_dict(self, *args, **kwargs) -> dict:
+        """As in Transformers; a prepared model's is made of tensors with the usual strides, beside its own."""
+        with self.as_restored():
+            return super().state_dict(*args, **kwargs)
+
     def _apply(self, *args, **kwargs) -> Self:  # `.to`, `.half` and their like give each parameter a tensor of its own
-        with self._restored():
+        with self.as_restored():
             return super()._apply(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As in Transformers; the folder also loads without this package through `trust_remote_code=True`."""
         declare_auto_model(self)
-        with self._restored():
+        with self.as_restored():
             actual_class = type(self)
             self.__class__ = _unsharded(actual_class)  # saving names the class and copies the file that defines it
             try:

@@ -27,7 +27,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class Composed:
-    """The product from PyTorch's parts, around a way to sum weighted rows: `sum(values, indices, weight)`, fp32."""
+    """The product from PyTorch's parts, around a way to sum weighted rows: `sum_rows(values, indices, weight)`."""
 
     def __init__(self, sum_rows: Callable[..., Tensor], refuses: Callable | None = None) -> None:
         self.sum_rows = sum_rows
@@ -44,12 +44,13 @@ class Composed:
 
 
 def _sum_of_bags(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """`embedding_bag` is this product: rows by index, with weights, summed in fp32.
+    """`embedding_bag` is this product: rows by index, with weights, summed in fp32 and rounded to their dtype.
 
     A bag is one thread's work, so a row is cut into as many pieces as there are threads for a token.
     """
     tokens, kept = values.shape
-    threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
+    alone = weight.device.type != "cpu" or torch.compiler.is_compiling()
+    threads = 1 if alone else torch.get_num_threads()
     pieces = math.gcd(max(threads // max(tokens, 1), 1), weight.shape[1])
     piece = torch.arange(pieces, dtype=indices.dtype, device=indices.device)
     indices = (indices[:, None, :] * pieces + piece[:, None]).flatten()
@@ -88,7 +89,8 @@ def sparse_linear(
 ) -> Tensor:
     """`x @ weight + bias`, then `+ residual`, for an `x` of which only what was kept is given. No gradient.
 
-    Sums in fp32 or wider, in an order that depends on shapes alone; rounds where a linear and a sum behind it would.
+    Sums in fp32 or wider, in an order that depends on shapes alone; rounds where a linear and a sum behind it
+    would ("torch" also before it adds a bias).
 
     Args:
         kept: values and indices `[..., K]`, as `topk_sparsify(..., compact=True)` returns them.
