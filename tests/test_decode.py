@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_restore_gives_everything_back(family, tmp_path, tokens):
 def test_a_prepared_model_moves_and_is_copied(tokens, products):
     model = make(sparse_config("llama")).prepare_for_decode()
     expected = model.generate(tokens[:1], **GREEDY)
-    for other in (copy.deepcopy(model), model.double().float()):
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.double().float()):
         assert other.is_prepared
         products.clear()
         assert torch.equal(other.generate(tokens[:1], **GREEDY), expected)

@@ -129,11 +129,19 @@ class PreparedDecoderLayer:
         hidden_states, _ = self.self_attn(hidden_states=x, residual=hidden_states, **kwargs)
         return self.mlp(self.post_attention_layernorm(hidden_states), residual=hidden_states)
 
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        _, _, *rest = super().__reduce_ex__(protocol)  # would look for the class by its name
+        return _new_prepared, (type(self).__bases__[1],), *rest
+
 
 @cache
 def _prepared(layer_class: type) -> type:
     """A layer's class in a prepared model. It keeps its name, by which some tell layers."""
     return type(layer_class.__name__, (PreparedDecoderLayer, layer_class), {})
+
+
+def _new_prepared(layer_class: type) -> nn.Module:
+    return _prepared(layer_class).__new__(_prepared(layer_class))
 
 
 def projection_groups(layer: nn.Module) -> Iterator[tuple[Sparsify, dict[str, nn.Linear]]]:
