@@ -233,6 +233,9 @@ def test_what_cannot_be_prepared_is_named(tokens):
         empty.prepare_for_decode()
 
 
+SHORT = GREEDY | {"max_new_tokens": 6}
+
+
 @pytest.fixture
 def replays(monkeypatch) -> list[DecodeGraph]:
     """Steps run where a GPU replays them, through Triton's interpreter; a list of those captured, which grows."""
@@ -261,7 +264,7 @@ def replays(monkeypatch) -> list[DecodeGraph]:
 def test_one_step_for_many_calls(family, tokens, replays):
     """Lengths within the cache, padding and sampling change, the step stays; the tokens are the unprepared model's."""
     model = make(sparse_config(family))
-    longest = 8 if family != "llama" else 20  # the families' windows
+    longest = 8 if family != "llama" else 10  # the families' windows
     padding = {"attention_mask": torch.tensor([[0, 0, 1, 1]])}
     calls = [
         {"inputs": tokens[:1, :4], "max_new_tokens": longest - 4},
@@ -269,19 +272,19 @@ def test_one_step_for_many_calls(family, tokens, replays):
         {"inputs": tokens[:1, 4:8], "max_new_tokens": 3} | padding,
         {"inputs": tokens[:1, :4], "max_new_tokens": 4},
     ]
-    expected = [model.generate(**GREEDY | call) for call in calls]
+    expected = [model.generate(**SHORT | call) for call in calls]
     model.prepare_for_decode()
     for call, wanted in zip(calls, expected, strict=True):
-        assert torch.equal(model.generate(**GREEDY | call), wanted)
+        assert torch.equal(model.generate(**SHORT | call), wanted)
     assert len(replays) == 1
     torch.manual_seed(0)
-    sampled = model.generate(**GREEDY | calls[0] | {"do_sample": True})
+    sampled = model.generate(**SHORT | calls[0] | {"do_sample": True})
     model.scale_sparsity(0.5)
-    model.generate(**GREEDY | calls[0])
+    model.generate(**SHORT | calls[0])
     assert len(replays) == 2  # another K is another step
     model.scale_sparsity(1)
     torch.manual_seed(0)
-    assert torch.equal(model.restore().generate(**GREEDY | calls[0] | {"do_sample": True}), sampled)
+    assert torch.equal(model.restore().generate(**SHORT | calls[0] | {"do_sample": True}), sampled)
     assert model._spare_cache is None
 
 
@@ -291,7 +294,7 @@ def test_batches_in_one_step(family, fields, sequences, tokens, replays):
     """Within and beyond the products' profitable size; q, k and v are parts of one tensor, or not."""
     model = make(sparse_config(family, **fields))
     prompts = torch.cat([tokens, tokens.flip(0)])[:sequences, :4]
-    call = GREEDY | {"inputs": prompts, "max_new_tokens": 4}
+    call = SHORT | {"inputs": prompts, "max_new_tokens": 4}
     expected = model.generate(**call)
     assert torch.equal(model.prepare_for_decode().generate(**call), expected)
     assert len(replays) == 1
@@ -299,8 +302,8 @@ def test_batches_in_one_step(family, fields, sequences, tokens, replays):
 
 def test_a_window_that_moves_is_left_to_transformers(tokens, replays):
     model = make(sparse_config("mistral"))
-    expected = model.generate(tokens[:1, :4], **GREEDY)
-    assert torch.equal(model.prepare_for_decode().generate(tokens[:1, :4], **GREEDY), expected)
+    expected = model.generate(tokens[:1, :4], **SHORT)
+    assert torch.equal(model.prepare_for_decode().generate(tokens[:1, :4], **SHORT), expected)
     assert len(replays) == 1
 
 
@@ -314,34 +317,34 @@ def test_who_holds_a_cache_keeps_it(tokens, replays):
         "assisted": {"assistant_model": make(sparse_config("llama"), seed=1).prepare_for_decode()},
         "no cache": {"use_cache": False},
     }
-    expected = model.generate(prompt, **GREEDY)
+    expected = model.generate(prompt, **SHORT)
     model.prepare_for_decode()
     for name, way in ways.items():
-        result = model.generate(prompt, **GREEDY | way)
+        result = model.generate(prompt, **SHORT | way)
         if name != "beams":
             assert torch.equal(getattr(result, "sequences", result), expected), name
-    returned = model.generate(prompt, **GREEDY | ways["returned"])
-    model.generate(tokens[1:, :6], **GREEDY)
+    returned = model.generate(prompt, **SHORT | ways["returned"])
+    model.generate(tokens[1:, :6], **SHORT)
     goes_on = torch.cat([returned.sequences, tokens[:1, 6:9]], dim=1)
     assert torch.equal(
-        model.generate(goes_on, past_key_values=returned.past_key_values, **GREEDY), model.generate(goes_on, **GREEDY)
+        model.generate(goes_on, past_key_values=returned.past_key_values, **SHORT), model.generate(goes_on, **SHORT)
     )
     with torch.inference_mode():
-        model.generate(prompt, **GREEDY)
-    assert torch.equal(model.generate(prompt, **GREEDY), expected)
+        model.generate(prompt, **SHORT)
+    assert torch.equal(model.generate(prompt, **SHORT), expected)
 
 
 def test_calls_at_once_have_caches_of_their_own(tokens, replays):
     model = make(sparse_config("llama")).prepare_for_decode()
-    alone = [model.generate(tokens[i : i + 1, :6], **GREEDY) for i in range(2)]
+    alone = [model.generate(tokens[i : i + 1, :6], **SHORT) for i in range(2)]
     inner = []
 
     def within(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[1] == 9:
-            inner.append(model.generate(tokens[1:, :6], **GREEDY))
+        if input_ids.shape[1] == 8:
+            inner.append(model.generate(tokens[1:, :6], **SHORT))
         return scores
 
-    outer = model.generate(tokens[:1, :6], logits_processor=LogitsProcessorList([within]), **GREEDY)
+    outer = model.generate(tokens[:1, :6], logits_processor=LogitsProcessorList([within]), **SHORT)
     assert torch.equal(outer, alone[0])
     assert torch.equal(inner[0], alone[1])
 
@@ -350,7 +353,7 @@ def test_a_full_cache_is_said(tokens, replays):
     model = make(sparse_config("llama")).prepare_for_decode()
     cache = StaticCache(config=model.config, max_cache_len=8)
     with pytest.raises(ValueError, match="the static cache is full: it has 8 entries"):
-        model.generate(tokens[:1, :6], past_key_values=cache, **GREEDY)
+        model.generate(tokens[:1, :6], past_key_values=cache, **SHORT)
 
 
 @pytest.mark.parametrize("padding", [0, 3])
