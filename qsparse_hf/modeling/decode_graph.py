@@ -1,8 +1,8 @@
 """A decode step as one CUDA graph: a model's forward for one token a sequence over a static cache, replayed.
 
 A step is some three hundred short kernels; launched one by one they cost many times what they compute. PyTorch compiles
-a step into a graph too (and Transformers' `generate` asks for that), in half a minute or more and for the shapes at
-hand; this one is captured from the prepared model as it is, in less than a second.
+a step into a graph too (and Transformers' `generate` asks for that), after half a minute of compiling; this one is
+captured from the prepared model as it is.
 """
 
 from collections.abc import Callable

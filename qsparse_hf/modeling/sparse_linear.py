@@ -148,7 +148,6 @@ class Rows:
             if linear.bias is not None:
                 linear.bias.data = self.bias[start:end]
             start = end
-
         self.places = self._places(linears)
 
     @staticmethod
