@@ -247,7 +247,8 @@ def _summarize(histories: dict[str, list[dict]], report: SparsityReport, folder:
     for name, loss, read in rows:
         print(f"{name:<30}{loss:8.3f}{math.exp(loss):12.1f}{read / 1e6:16.2f}M ({read / everything:4.0%})")
     print(f"\nWhat sparsity costs is the gap between the rows marked '{later}'; both learned from the same text.")
-    print("Activated weights are those of the projections that meet a non-zero input; prepare_for_decode() makes decoding read no others.")
+    print("Activated weights are those of the projections that meet a non-zero input; after prepare_for_decode() the")
+    print("model decodes reading no others.")
     print(f"\nThe sparse model is in {folder}, with loss.png and sparsity.png beside it. Load it like any other:")
     print(f'  import qsparse_hf; AutoModelForCausalLM.from_pretrained("{folder}")')
 
