@@ -181,8 +181,8 @@ def _decode_rows(
     prompt_length: int,
     new_tokens: int,
     rounds: int,
-) -> list[dict]:
-    """One dense and one sparse row for every sparsity, measured in turns."""
+) -> Iterator[dict]:
+    """For every sparsity, dense and sparse measured in turns."""
     device = dense.device
     on_gpu = device.type == "cuda"
     prompt = torch.randint(3, dense.config.vocab_size, (sequences, prompt_length), device=device)
@@ -190,7 +190,6 @@ def _decode_rows(
     caches = [StaticCache(config=model.config, max_cache_len=entries) if on_gpu else None for model in (dense, sparse)]
     _generate(dense, prompt, 8, caches[0])  # compiles
     dense_step = _step(dense, caches[0], sequences) if on_gpu else None
-    rows = []
     for sparsity in sparsities:
         _set_sparsity(sparse, sparsity)
         _generate(sparse, prompt, 8, caches[1])
@@ -204,8 +203,7 @@ def _decode_rows(
             steps = {"dense": dense_step, "sparse": _graph_step(caches[1])}
             row["step"] = interleaved(steps, 3 * rounds)
             row["millijoules"] = {name: _millijoules(step) for name, step in steps.items()}
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _copy_bandwidth(device: torch.device) -> float:
@@ -222,12 +220,13 @@ def _copy_bandwidth(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def _product_rows(sparse: PreTrainedModel, sparsities: list[float], dtype: torch.dtype, rounds: int) -> list[dict]:
+def _product_rows(
+    config: PreTrainedConfig, device: torch.device, sparsities: list[float], dtype: torch.dtype, rounds: int
+) -> Iterator[dict]:
     """Each projection group of a layer alone: the dense products, the sparse one, the selection before it."""
-    device = sparse.device
+    sparse = _random_model(config, torch.device("meta"), dtype)
     on_gpu = device.type == "cuda"
     bandwidth = _copy_bandwidth(device)
-    rows = []
     for (_, linears), group in zip(
         projection_groups(sparse.base_model.layers[0]), ("qkv", "o", "gate_up", "down"), strict=True
     ):
@@ -251,18 +250,15 @@ def _product_rows(sparse: PreTrainedModel, sparsities: list[float], dtype: torch
             median = medians(times)
             reading = {"dense": size, "sparse": size * kept_features(features, sparsity) / features}
             shares = {name: count / (median[name] * 1e-6) / bandwidth for name, count in reading.items()}
-            rows.append(
-                {
-                    "group": group,
-                    "shape": [features, sum(sizes)],
-                    "sparsity": sparsity,
-                    "microseconds": times,
-                    "share_of_copy": shares,
-                    "copy_bytes_per_second": bandwidth,
-                }
-            )
+            yield {
+                "group": group,
+                "shape": [features, sum(sizes)],
+                "sparsity": sparsity,
+                "microseconds": times,
+                "share_of_copy": shares,
+                "copy_bytes_per_second": bandwidth,
+            }
         del weights, usual, functions
-    return rows
 
 
 def _each(function: Callable[[Tensor], object], inputs: list[Tensor]) -> None:
@@ -325,65 +321,46 @@ def bench_decode(
     if output and not Path(output).absolute().parent.is_dir():
         raise UserError(f"output must be a file in a folder that exists, got {output}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    configs = {name: _configs(name) for name in models}
     results: list[dict] = []
-    table, products = [], []
-    with _threads(threads):
-        for name in models:
-            dense_config, sparse_config = _configs(name)
-            dense = _random_model(dense_config, place, DTYPES[dtype])
-            sparse = _random_model(sparse_config, place, DTYPES[dtype])
-            for sequences, prompt in tqdm(list(product(batches, prompts)), desc=name):
-                for row in _decode_rows(dense, sparse, list(sparsities), sequences, prompt, new_tokens, rounds):
-                    results.append({"model": name, "dtype": dtype, **row})
-                    table.append([name, sequences, prompt, row["sparsity"], *_summary(row)])
-                    if output:
-                        write_json(Path(output), results)
-            del dense
-            gc.collect()
-            sparse.restore()
-            for row in _product_rows(sparse, list(sparsities), DTYPES[dtype], rounds):
-                results.append({"model": name, "dtype": dtype, **row})
+
+    def noted(row: dict) -> dict:
+        results.append(row)
+        if output:
+            write_json(Path(output), results)
+        return row
+
+    def decoded() -> Iterator[list]:
+        total = len(models) * len(batches) * len(prompts) * len(sparsities)
+        with tqdm(total=total, unit="row") as progress:
+            for name, (dense_config, sparse_config) in configs.items():
+                progress.set_description(name)
+                dense = _random_model(dense_config, place, DTYPES[dtype])
+                sparse = _random_model(sparse_config, place, DTYPES[dtype])
+                for sequences, prompt in product(batches, prompts):
+                    for row in _decode_rows(dense, sparse, sparsities, sequences, prompt, new_tokens, rounds):
+                        noted({"model": name, "dtype": dtype, **row})
+                        yield [name, sequences, prompt, row["sparsity"], *_summary(row)]
+                        progress.update()
+                del dense, sparse
+                gc.collect()
+
+    def multiplied() -> Iterator[list]:
+        for name, (_, sparse_config) in configs.items():
+            for row in _product_rows(sparse_config, place, sparsities, DTYPES[dtype], rounds):
+                noted({"model": name, "dtype": dtype, **row})
                 median, share = medians(row["microseconds"]), row["share_of_copy"]
-                products.append(
-                    [
-                        name,
-                        row["group"],
-                        "{} x {}".format(*row["shape"]),
-                        row["sparsity"],
-                        f"{median['dense']:.1f}",
-                        f"{share['dense']:.0%}",
-                        f"{median['sparse']:.1f}",
-                        f"{share['sparse']:.0%}",
-                        f"{median['dense'] / median['sparse']:.2f}",
-                        f"{median['selection']:.1f}",
-                    ]
-                )
-            if output:
-                write_json(Path(output), results)
-            del sparse
-            gc.collect()
-    print("ms a token: `generate` end to end; the step alone, without the host's work; energy of a step")
-    print_table(
-        [
-            "model",
-            "batch",
-            "prompt",
-            "S",
-            "dense",
-            "sparse",
-            "faster",
-            "step: dense",
-            "sparse",
-            "faster",
-            "mJ: dense",
-            "sparse",
-        ],
-        table,
-    )
-    print("\nproducts of one token, us, and the share of a copy's bandwidth at which they read what they need")
-    print_table(
-        ["model", "group", "in x out", "S", "dense", "share", "sparse", "share", "faster", "selection"], products
-    )
+                dense, sparse = ([f"{median[kind]:.1f}", f"{share[kind]:.0%}"] for kind in ("dense", "sparse"))
+                ratios = [f"{median['dense'] / median['sparse']:.2f}", f"{median['selection']:.1f}"]
+                yield [name, row["group"], "{} x {}".format(*row["shape"]), row["sparsity"], *dense, *sparse, *ratios]
+
+    with _threads(threads):
+        print("ms a token: `generate` end to end; the step alone, without the host's work; energy of a step")
+        heading = ["model", "batch", "prompt", "S", "dense", "sparse", "faster", "step: dense", "sparse", "faster"]
+        print_table([*heading, "mJ: dense", "sparse"], decoded())
+        print("\nproducts of one token, us, and the share of a copy's bandwidth at which they read what they need")
+        heading = ["model", "group", "in x out", "S", "dense", "share", "sparse", "share", "faster", "selection"]
+        print_table(heading, multiplied())
     return results
 
 

@@ -4,12 +4,15 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers.utils import is_triton_available
 
 from .modeling.sparsity import check_sparsity
@@ -82,12 +85,11 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def print_table(heading: list[str], rows: list[list[object]]) -> None:
-    """A Markdown table."""
-    print("| " + " | ".join(heading) + " |")
-    print("|" + "---|" * len(heading))
-    for row in rows:
-        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+def print_table(heading: list[str], rows: Iterable[list[object]]) -> None:
+    """A Markdown table, each row as soon as it is there."""
+    for row in chain([heading, ["---"] * len(heading)], rows):
+        tqdm.write("| " + " | ".join(map(str, row)) + " |", file=sys.stdout)  # goes around progress bars
+        sys.stdout.flush()
 
 
 def write_json(path: Path, results: object) -> None:

@@ -203,8 +203,11 @@ def test_other_ways_to_generate_when_prepared(tokens):
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_decode_step_at_size(dtype, heads):
-    """The graph's logits against the forward it replaces, over a cache in several parts."""
-    fields = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": heads[0], "sparsity": 0.02}
+    """The graph's logits against the forward it replaces, over a cache in several parts.
+
+    All features survive, but as lists: rounding can swap none.
+    """
+    fields = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": heads[0], "sparsity": 1e-4}
     fields |= {"num_key_value_heads": heads[1], "max_position_embeddings": 2048}
     model = make(sparse_config("llama", **fields), dtype=dtype).cuda()
     prompt = torch.randint(3, 128, (1, 700), device="cuda")
@@ -215,4 +218,4 @@ def test_a_decode_step_at_size(dtype, heads):
     assert actual.past_key_values.decode_graph.graph is not None
     same = 1 + (expected.sequences == actual.sequences)[0, 700:].long().cumprod(0).sum()
     for step in range(min(same, 4)):
-        assert_close(actual.logits[step], expected.logits[step])
+        assert_close(actual.logits[step].to(dtype), expected.logits[step].to(dtype))  # `generate` makes them fp32

@@ -172,8 +172,13 @@ class Decoding:
         self.forward = forward
         self.graph: DecodeGraph | None = None
 
+    def goes_on(self, input_ids: Tensor, past_key_values: object) -> bool:
+        """Whether the graph takes the next step too: it knows all but the token."""
+        graph = self.graph
+        return graph is not None and graph.cache() is past_key_values and graph.serves(len(input_ids))
+
     def __call__(self, input_ids: Tensor, past_key_values: object, **inputs) -> ModelOutput:
-        if self.graph is not None and self.graph.serves(len(input_ids)):
+        if self.goes_on(input_ids, past_key_values):
             return self.graph(input_ids)
         given = {"input_ids": input_ids, "past_key_values": past_key_values, **inputs}
         if inputs.get("output_attentions") or inputs.get("output_hidden_states"):

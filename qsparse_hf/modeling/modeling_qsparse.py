@@ -30,8 +30,16 @@ from .decode_graph import DecodeGraph, Decoding, fits, has_graphs
 from .sparse_linear import InputMajorLinear, few_tokens, lay_out, project, put_back
 from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify, Survivors
 
-_call = threading.local()
-"""Of a thread's call of `generate`: the cache that is a spare afterwards."""
+
+class _Call(threading.local):
+    """What a thread's call of `generate` works with."""
+
+    cache: Cache | None = None
+    """Is a spare afterwards."""
+    decoding: Decoding | None = None
+
+
+_call = _Call()
 
 
 def sparsify_settings(config: QSparseConfigMixin, group: str, layer: int) -> tuple[float, int | None, str, bool]:
@@ -309,13 +317,14 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
-        outer, _call.cache = getattr(_call, "cache", None), None
+        outer = _call.cache, _call.decoding
+        _call.cache = _call.decoding = None
         try:
             return super().generate(*args, **kwargs)
         finally:
-            used, _call.cache = _call.cache, outer
-            if used is not None:
-                self._spare_cache = used
+            if _call.cache is not None:
+                self._spare_cache = _call.cache
+            _call.cache, _call.decoding = outer
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -368,4 +377,16 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
     def get_compiled_call(self, compile_config):
         """What `generate` decodes with over a static cache: a prepared model's own graph."""
         compiled = super().get_compiled_call(compile_config)
-        return Decoding(self, compiled) if self.is_prepared else compiled
+        if not self.is_prepared:
+            return compiled
+        _call.decoding = Decoding(self, compiled)
+        return _call.decoding
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
+        """As in Transformers; where a graph decodes, the host has little else to do, and the device waits for it."""
+        decoding = _call.decoding
+        if next_sequence_length == 1 and decoding is not None and decoding.goes_on(input_ids, past_key_values):
+            return {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values}
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
+        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .sparsify_ops import NAMESPACE, refuses
-from .sparsify_triton import launch_options
+from .sparsify_triton import LIST_UNIT, is_padded, launch_options, new_lists, padded_length
 
 try:
     import triton
@@ -21,7 +21,7 @@ except ImportError as error:
     raise ImportError("the decode product's kernel needs the package triton") from error
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])  # one kernel for all sparsities
 def sparse_linear_kernel(
     values_ptr,
     indices_ptr,
@@ -30,6 +30,7 @@ def sparse_linear_kernel(
     residual_ptr,
     y_ptr,
     K,
+    list_stride,
     N,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -47,20 +48,24 @@ def sparse_linear_kernel(
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
+    values_ptr += token * list_stride
+    indices_ptr += token * list_stride
+    padded = tl.cdiv(K, LIST_UNIT) * LIST_UNIT
     # A thread reads 16 bytes of a row; the rows of a thread are LANES apart, and it adds these up as they come.
     sums = tl.zeros([LANES, COLUMNS], tl.float32)
     for first in tl.range(0, K, ROWS, num_stages=STAGES):
         place = first + tl.arange(0, ROWS)
         kept = place < K
-        value = tl.load(values_ptr + token * K + place, mask=kept, other=0.0)
-        row = tl.load(indices_ptr + token * K + place, mask=kept, other=0)
+        # Reading the padding too is reading whole vectors, which can be under way while others are worked on.
+        value = tl.load(values_ptr + place, mask=place < padded, other=0.0)
+        row = tl.load(indices_ptr + place, mask=place < padded, other=0)
         weight = tl.load(
             weight_ptr + row[:, None].to(tl.int64) * N + columns[None, :],
             mask=kept[:, None] & inside[None, :],
             other=0.0,
             eviction_policy="evict_first",
         )
-        weighted = value.to(tl.float32)[:, None] * weight.to(tl.float32)
+        weighted = tl.where(kept, value, 0.0).to(tl.float32)[:, None] * weight.to(tl.float32)
         sums += tl.sum(tl.reshape(weighted, [ROWS // LANES, LANES, COLUMNS]), axis=0)
     y = tl.sum(sums, axis=0)
     if bias_ptr is not None:
@@ -100,7 +105,10 @@ def launch_sparse_linear(
     residual: Tensor | None,
     tile: _Tile | None = None,
 ) -> Tensor:
-    """Run the kernel: `values`, `indices [..., K]`, `weight [D, N]`, `bias [N]`, `residual [..., N]` to `[..., N]`."""
+    """Run the kernel: `values`, `indices [..., K]`, `weight [D, N]`, `bias [N]`, `residual [..., N]` to `[..., N]`.
+
+    The lists are as `new_lists` makes them: their padding is read.
+    """
     kept, features = values.shape[-1], weight.shape[1]
     y = values.new_empty(*values.shape[:-1], features)
     tokens = values.numel() // kept
@@ -117,6 +125,7 @@ def launch_sparse_linear(
             residual,
             y,
             kept,
+            padded_length(kept),
             features,
             ROWS=tile.rows,
             COLUMNS=tile.columns,
@@ -133,7 +142,10 @@ def launch_sparse_linear(
 def _sparse_linear(
     values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
-    values, indices = values.contiguous(), indices.contiguous()
+    if not (is_padded(values) and is_padded(indices)):
+        given, (values, indices) = (values, indices), new_lists(values, values.shape, values.dtype)
+        values.copy_(given[0])
+        indices.copy_(given[1])
     residual = None if residual is None else residual.contiguous()
     return launch_sparse_linear(values, indices, weight, bias, residual)
 

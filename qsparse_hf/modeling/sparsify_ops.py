@@ -10,6 +10,7 @@ from .sparsify_triton import (
     INTERPRETED,
     glu_backward_kernel,
     launch_sparsify,
+    new_lists,
     rescale_backward_kernel,
     rms_norm_backward_kernel,
     whole_row,
@@ -65,9 +66,8 @@ def _survivors(
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     dtype = torch.promote_types(x.dtype, other.dtype) if producer == "rms_norm" else x.dtype
-    shape = _survivors_shape(x, keep, block_size)
     y = torch.empty_like(x, dtype=dtype)
-    survivors = x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int32)
+    survivors = new_lists(x, _survivors_shape(x, keep, block_size), dtype)
     other = None if other is None else other.contiguous()
     launch_sparsify(x, other, y, keep, block_size, producer, "l2" if rescale else "none", eps, survivors)
     return survivors
@@ -154,8 +154,7 @@ def _(gate, up, activation, keep, block_size, rescale):
 @_survivors.register_fake
 def _(x, other, producer, eps, keep, block_size, rescale):
     dtype = torch.promote_types(x.dtype, other.dtype) if producer == "rms_norm" else x.dtype
-    shape = _survivors_shape(x, keep, block_size)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=torch.int32)
+    return new_lists(x, _survivors_shape(x, keep, block_size), dtype)
 
 
 @_rescale_backward.register_fake

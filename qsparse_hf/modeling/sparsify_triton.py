@@ -10,6 +10,8 @@ Shapes: D features of a token, M features of a block, K kept. A tile is `[words]
 where a unit is what one selection ranks: a token, a block, or for M < 32 a word with `fields` = 32 / M blocks.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,28 +134,33 @@ def _order(STEP: tl.constexpr):
 
 @triton.jit
 def _count(x):
-    """Set bits of each unit's words."""
-    return tl.sum(_popcount(x), axis=1, keep_dims=True)
+    """Set bits of each unit's words; of a single unit as a scalar, which goes with any layout."""
+    count = _popcount(x)
+    if x.shape[0] * x.shape[2] == 1:
+        return tl.sum(tl.reshape(count, [x.shape[1]]))
+    else:
+        return tl.sum(count, axis=1, keep_dims=True)
 
 
 @triton.jit
-def _count_pair(candidates, first, second):
-    """The counts of candidates with `first`, with both planes, and with `second` alone, in one reduction."""
-    with_first = candidates & first
-    one, both = _popcount(with_first), _popcount(with_first & second)
-    other = _popcount(candidates & second & (first ^ 0xFFFFFFFF))
-    counts = tl.sum(tl.join(tl.join(one, both), tl.join(other, other)), axis=1, keep_dims=True)
-    low, high = tl.split(counts)
-    one, both = tl.split(low)
-    other, _ = tl.split(high)
-    return one, both, other
+def _narrow_by_two(candidates, kept, wanted, first, second):
+    """Two steps of a single unit with one reduction: the counts that the second may need go along with the first's."""
+    one = candidates & first
+    # Two counts below 65536 share an integer. A plain shift would hide from the compiler that these count bits.
+    shift = 0x10000 + tl.program_id(1)
+    counts = tl.join(_popcount(one) + _popcount(one & second) * shift, _popcount((candidates ^ one) & second))
+    counts, second_alone = tl.split(tl.sum(tl.reshape(counts, [counts.shape[1], 2]), axis=0))
+    count = counts & 0xFFFF
+    after = tl.where(count < wanted, second_alone, counts >> 16)
+    candidates, kept, wanted = _narrow(candidates, kept, wanted, first, count)
+    return _narrow(candidates, kept, wanted, second, after)
 
 
 @triton.jit
 def _select(planes, valid, keep, MANTISSA: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr):
     """The `keep` largest of each unit as words of bits, `[units, words, fields]` like `valid`; all if it has fewer.
 
-    With BITS = 2 a count decides two bits: the counts that the second may need are taken along with the first's.
+    Also how many are in a unit's words before each, of the same shape. BITS of the order are decided by one count.
     """
     SHAPE: tl.constexpr = [valid.shape[0], valid.shape[1], 1]
     MAGNITUDE: tl.constexpr = len(planes) - 1
@@ -162,37 +169,39 @@ def _select(planes, valid, keep, MANTISSA: tl.constexpr, C: tl.constexpr, BITS: 
         nan = nan | planes[bit]
     for bit in tl.static_range(MANTISSA, MAGNITUDE):
         nan = nan & planes[bit]
-    ranks = (tl.reshape(planes[0] | nan, SHAPE),)  # every NaN becomes the first value above infinity
-    for bit in tl.static_range(1, MANTISSA):
-        ranks = ranks + (tl.reshape(planes[bit] & (nan ^ 0xFFFFFFFF), SHAPE),)
-    for bit in tl.static_range(MANTISSA, MAGNITUDE):
+    ranks = ()
+    for bit in tl.static_range(MAGNITUDE - 1, MANTISSA - 1, -1):
         ranks = ranks + (tl.reshape(planes[bit], SHAPE),)
+    for bit in tl.static_range(MANTISSA - 1, 0, -1):
+        ranks = ranks + (tl.reshape(planes[bit] & (nan ^ 0xFFFFFFFF), SHAPE),)
+    ranks = ranks + (tl.reshape(planes[0] | nan, SHAPE),)  # every NaN becomes the first value above infinity
+    # Those that are equal then are ranked by index, which is, highest bits first: chunk, word, place in the chunk.
+    CHUNK_STEPS: tl.constexpr = 0 if C == 32 else (2 if C == 8 else 3)
+    for step in tl.static_range(CHUNK_STEPS):
+        ranks = ranks + (tl.full(SHAPE, _order(step), tl.uint32),)
 
     candidates = valid
     kept = tl.zeros(valid.shape, tl.uint32)
-    wanted = tl.zeros([valid.shape[0], 1, valid.shape[2]], tl.int32) + keep
-    PAIRS: tl.constexpr = MAGNITUDE // 2 if BITS == 2 else 0
-    for pair in tl.static_range(PAIRS):
-        first, second = ranks[MAGNITUDE - 1 - 2 * pair], ranks[MAGNITUDE - 2 - 2 * pair]
-        one, both, other = _count_pair(candidates, first, second)
-        few = one < wanted
-        candidates, kept, wanted = _narrow(candidates, kept, wanted, first, one)
-        candidates, kept, wanted = _narrow(candidates, kept, wanted, second, tl.where(few, other, both))
-    for bit in tl.static_range(MAGNITUDE - 2 * PAIRS - 1, -1, -1):
-        candidates, kept, wanted = _narrow(candidates, kept, wanted, ranks[bit], _count(candidates & ranks[bit]))
-
-    # What is left is equal: the first by index. An index is, highest first: chunk, word, place in the chunk.
-    CHUNK_STEPS: tl.constexpr = 0 if C == 32 else (2 if C == 8 else 3)
-    for step in tl.static_range(CHUNK_STEPS):
-        plane = tl.full(SHAPE, _order(step), tl.uint32)
-        candidates, kept, wanted = _narrow(candidates, kept, wanted, plane, _count(candidates & plane))
+    wanted = keep
+    if valid.shape[0] * valid.shape[2] > 1:
+        wanted = tl.full([valid.shape[0], 1, valid.shape[2]], keep, tl.int32)
+    STEPS: tl.constexpr = MAGNITUDE + CHUNK_STEPS
+    for step in tl.static_range(0, STEPS, BITS):
+        if BITS == 2 and step + 1 < STEPS:
+            candidates, kept, wanted = _narrow_by_two(candidates, kept, wanted, ranks[step], ranks[step + 1])
+        else:
+            candidates, kept, wanted = _narrow(candidates, kept, wanted, ranks[step], _count(candidates & ranks[step]))
+    before = tl.zeros(valid.shape, tl.int32)
     if valid.shape[1] > 1:
-        count = _popcount(candidates)
-        wanted = wanted - (tl.cumsum(count, axis=1) - count)
+        counts = _popcount(kept) + _popcount(candidates) * (0x10000 + tl.program_id(1))
+        counts = tl.cumsum(counts, axis=1) - counts
+        equal_before = (counts >> 16) & 0xFFFF
+        before = (counts & 0xFFFF) + tl.minimum(equal_before, wanted)
+        wanted = wanted - equal_before
     for step in tl.static_range(CHUNK_STEPS, 5):
         plane = tl.full(SHAPE, _order(step), tl.uint32)
         candidates, kept, wanted = _narrow(candidates, kept, wanted, plane, _popcount(candidates & plane))
-    return tl.where(wanted > 0, kept | candidates, kept)
+    return tl.where(wanted > 0, kept | candidates, kept), before
 
 
 @triton.jit
@@ -238,7 +247,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
         return x * gate, gate + x * gate * (1 - gate) * 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "keep"])  # prompts of other lengths compile nothing
 def sparsify_kernel(
     x_ptr,
     other_ptr,
@@ -261,6 +270,7 @@ def sparsify_kernel(
     PRODUCER: tl.constexpr,
     EPILOGUE: tl.constexpr,
     COMPACT: tl.constexpr,
+    LANES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One tile: produce, select, finish, store.
@@ -333,7 +343,7 @@ def sparsify_kernel(
     valid = tl.reshape(valid, [TOKENS * UNITS, WORDS, 1]) & fields[None, None, :]
     matrix = _matrix(values)
     planes = _transpose_bits(matrix, VALUE.primitive_bitwidth // 2)
-    kept = _select(planes, valid, keep, MANTISSA, C, BITS)
+    kept, before = _select(planes, valid, keep, MANTISSA, C, BITS)
     kept = tl.reshape(tl.sum(kept.to(tl.int32, bitcast=True), axis=2), [W]).to(tl.uint32, bitcast=True)
 
     if EPILOGUE == "l2" or (EPILOGUE == "none" and not COMPACT):
@@ -364,34 +374,39 @@ def sparsify_kernel(
         if PRODUCER != "none" or EPILOGUE != "none" or not COMPACT:
             tl.store(y_ptr + start[:, None] + columns[j], value, mask=masks[j])
     if COMPACT:
-        # Written by the thread that has them, neighbours in the list would be threads apart. Features in their order, a
-        # neighbour each, want the words and values that other threads have: these go through memory, which is near.
-        count = tl.reshape(_popcount(kept), [TOKENS, UNITS * WORDS])
-        before = tl.reshape(tl.cumsum(count, axis=1) - count, [W])
-        words_ptr += tl.program_id(0).to(tl.int64) * 2 * W
-        tl.store(words_ptr + word, kept.to(tl.int32, bitcast=True))
-        tl.store(words_ptr + W + word, before)
+        # Written by the thread that has them, neighbours in the list would be threads apart. A feature each, they want
+        # the words and values that other threads have: these go through memory, which is near.
+        before = unit * keep * FIELDS + tl.reshape(tl.sum(before, axis=2), [W])
+        words_ptr += tl.program_id(0).to(tl.int64) * W
+        tl.store(words_ptr + word, kept.to(tl.int64) | (before.to(tl.int64) << 32))
         tl.debug_barrier()
         if PRODUCER == "none" and EPILOGUE == "none":
             y_ptr = x_ptr
-        BLOCK: tl.constexpr = tl.constexpr(min(triton.next_power_of_2(D), 2048))
-        for row in tl.static_range(TOKENS):
-            token = tl.program_id(0).to(tl.int64) * TOKENS + row
-            for first in tl.static_range(0, D, BLOCK):
-                # A thread each: the compiler gives one several neighbours only if it sees that they are (^ 0).
-                feature = (first + tl.arange(0, BLOCK)) ^ tl.program_id(1)
-                inside = (feature < D) & (token < tokens)
-                chunk = feature % UNIT // C
-                word = (row * UNITS + feature // UNIT) * WORDS + chunk % Q
-                k = chunk // Q * C + feature % UNIT % C
-                place = (k // 2 + 16 * (k % 2)).to(tl.uint32)
-                kept = tl.load(words_ptr + word, mask=inside, other=0).to(tl.uint32, bitcast=True)
-                survives = ((kept >> place) & 1) != 0
-                before = tl.load(words_ptr + W + word, mask=inside, other=0) + _popcount(kept & ((1 << place) - 1))
-                value = tl.load(y_ptr + token * D + feature, mask=survives, other=0.0)
-                at = token * (keep * (D // (UNIT // FIELDS))) + before
-                tl.store(values_ptr + at, value, mask=survives)
-                tl.store(indices_ptr + at, feature, mask=survives)
+        # The compiler would give a thread several neighbours if it saw that they are (^ 0), but it may see the range.
+        lane = (tl.arange(0, LANES) ^ tl.program_id(1)) & (LANES - 1)
+        at = lane[:, None] + tl.arange(0, W * C // LANES)[None, :] * LANES  # in chunk j of all words
+        word = tl.load(words_ptr + at // C)
+        token = tl.program_id(0).to(tl.int64) * TOKENS + at // (UNITS * WORDS * C)
+        unit = at // (WORDS * C) % UNITS
+        features = ()
+        masks = ()
+        values = ()
+        for j in tl.static_range((UNIT + WORDS * C - 1) // (WORDS * C)):
+            column = j * WORDS * C + at % (WORDS * C)
+            feature = unit * UNIT + column
+            mask = (token < tokens) & (column < UNIT) & (feature < D)
+            features = features + (feature,)
+            masks = masks + (mask,)
+            values = values + (tl.load(y_ptr + token * D + feature, mask=mask, other=0.0),)
+        kept = word.to(tl.uint32)
+        start = token * tl.cdiv(keep * (D // (UNIT // FIELDS)), LIST_UNIT) * LIST_UNIT + (word >> 32)
+        for j in tl.static_range(len(values)):
+            k = C * j + at % C
+            place = (k // 2 + 16 * (k % 2)).to(tl.uint32)
+            mask = masks[j] & (((kept >> place) & 1) != 0)
+            position = start + _popcount(kept & ((1 << place) - 1))
+            tl.store(values_ptr + position, values[j], mask=mask)
+            tl.store(indices_ptr + position, features[j], mask=mask)
 
 
 @triton.jit
@@ -453,6 +468,27 @@ def rms_norm_backward_kernel(
     tl.store(grad_weight_ptr + tl.program_id(0) * D + feature, grad_weight, mask=inside)
 
 
+LIST_UNIT = tl.constexpr(16)
+"""Survivors' lists have room for a multiple of this: what reads them reads whole vectors."""
+
+
+def padded_length(kept: int) -> int:
+    return triton.cdiv(kept, LIST_UNIT.value) * LIST_UNIT.value
+
+
+def new_lists(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values and indices of survivors to be, `[..., K]` each, on `x`'s device, in rows of a padded length."""
+    room = *shape[:-1], padded_length(shape[-1])
+    return tuple(x.new_empty(room, dtype=each)[..., : shape[-1]] for each in (dtype, torch.int32))
+
+
+def is_padded(part: Tensor) -> bool:
+    """Whether `[..., K]` lies as `new_lists` lays it out."""
+    room = *part.shape[:-1], padded_length(part.shape[-1])
+    whole = part.untyped_storage().nbytes() // part.element_size() - part.storage_offset() >= math.prod(room)
+    return whole and part.stride() == torch.empty(room, device="meta").stride()
+
+
 INTERPRETED = not isinstance(sparsify_kernel, triton.JITFunction)
 """Whether the kernels were made under TRITON_INTERPRET=1, to run on a CPU."""
 
@@ -508,13 +544,16 @@ class _Tile:
             words_a_thread = min(words // (32 * sharing), words_a_thread)
         warps = min(tokens * units * words // (32 * words_a_thread), 32)
         if few:
-            warps = min(max(tokens * triton.next_power_of_2(features) // 512, 1), 8)
+            warps = min(max(tokens * triton.next_power_of_2(features) // 512, 1), 8 if words <= 512 else 16)
         return cls(features, unit, fields, tokens, units, words, warps, value_bits, few)
 
     @property
     def bits_per_count(self) -> int:
-        """How many bits of the magnitude a count decides: two where it has warps wait for each other."""
-        return 2 if self.tokens * self.units == 1 and self.warps > 1 else 1
+        """How many bits of the order a count decides: two where it has warps wait for each other.
+
+        The counts share an integer, which 65536 features would overflow.
+        """
+        return 2 if self.tokens * self.units == 1 and self.warps > 1 and self.words < 2048 else 1
 
     def registers(self, producer: str) -> int | None:
         """A cap for a 16-bit row, where one more program fits with it and little spills; exact GELU would spill."""
@@ -537,7 +576,7 @@ def launch_sparsify(
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel over `x [..., D]` into `y`; returns `rstd` and `norm`, fp32 `[...]`, empty where not computed.
 
-    With `survivors`, values and indices `[..., K]`, it fills these, for few tokens, and `y` with nothing of use.
+    With `survivors`, lists `[..., K]` of `new_lists`, it fills these, for few tokens, and `y` with nothing of use.
     """
     compact = survivors is not None
     features = x.shape[-1]
@@ -556,7 +595,7 @@ def launch_sparsify(
     if compact:
         options |= launch_options(x)
         values, indices = survivors
-        words = x.new_empty(programs * 2 * tile.tokens * tile.units * tile.words, dtype=torch.int32)
+        words = x.new_empty(programs * tile.tokens * tile.units * tile.words, dtype=torch.int64)
     with torch.cuda.device_of(x):
         sparsify_kernel[(programs,)](
             x,
@@ -580,6 +619,7 @@ def launch_sparsify(
             PRODUCER=producer,
             EPILOGUE=epilogue,
             COMPACT=compact,
+            LANES=32 * tile.warps,
             DEPENDENT="launch_pdl" in options,
             num_warps=tile.warps,
             **options,
