@@ -9,6 +9,7 @@ them kept, N features out.
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ except ImportError as error:
 _one_at_a_time = threading.Lock()  # not all of Numba's thread pools bear two callers
 _LINE = 32
 """Values of 16 bits in a cache line."""
+_PARTS = 8
+"""In how many parts the kept rows are summed."""
+_PIECE = 1024
+"""Features out that are finished together."""
 _SMALL = 64
 """Up to how many features a block's ranks are counted one against all."""
 
@@ -56,6 +61,30 @@ def _from_float32(context, bits):
 
 
 @intrinsic
+def _bits(context, x):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+@njit(inline="always")
+def _to_bfloat16(x):
+    bits = _bits(x)
+    if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):  # NaN
+        return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@intrinsic
+def _to_float16(context, x):
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+@intrinsic
 def _prefetch(context, array, at):
     """Ask for the cache line of an element of a contiguous array."""
 
@@ -71,42 +100,55 @@ def _prefetch(context, array, at):
     return types.void(array, types.intp), generate
 
 
-def _make_product(read: Callable) -> Callable:
+def _make_product(read: Callable, write: Callable) -> Callable:
     @njit(parallel=True, fastmath={"contract", "nsz"}, nogil=True)
-    def sum_rows(values, indices, weight, y, parts):
-        """`y [T, N] = values @ weight[indices]`, in fp32; each of the parts of N sees its sums through.
+    def product(values, indices, weight, bias, residual, y):
+        """`y [T, N] = values @ weight[indices] + bias + residual`; an empty one of these is none.
 
-        Four rows at a time are four streams from memory, and their sums are loaded and stored once. Where the next four
-        begin is asked for early; from there on the processor sees the streams by itself.
+        Parts of the kept rows are summed beside each other, in fp32, and then their sums, as many for any number of
+        threads. Four rows at a time are four streams from memory, and their sums are loaded and stored once. Where the
+        next four begin is asked for early; from there on the processor sees the streams by itself.
         """
         tokens, kept = values.shape
         features = weight.shape[1]
-        piece = ((features + parts - 1) // parts + _LINE - 1) // _LINE * _LINE
-        for part in prange(parts):
-            start = part * piece
-            size = min(start + piece, features) - start
-            for token in range(tokens if size > 0 else 0):
-                sums = np.zeros(size, np.float32)
-                value, row = values[token], indices[token]
-                for k in range(0, kept - 3, 4):
-                    v0, v1, v2, v3 = read(value[k]), read(value[k + 1]), read(value[k + 2]), read(value[k + 3])
-                    row_0, row_1 = weight[row[k], start : start + size], weight[row[k + 1], start : start + size]
-                    row_2, row_3 = weight[row[k + 2], start : start + size], weight[row[k + 3], start : start + size]
-                    for following in range(k + 4, min(k + 8, kept)):
-                        next_row = weight[row[following], start : start + size]
-                        for n in range(0, min(size, 4 * _LINE), _LINE):
-                            _prefetch(next_row, n)
-                    for n in range(size):
-                        sums[n] += (v0 * read(row_0[n]) + v1 * read(row_1[n])) + (
-                            v2 * read(row_2[n]) + v3 * read(row_3[n])
-                        )
-                for k in range(kept // 4 * 4, kept):
-                    v0, row_0 = read(value[k]), weight[row[k], start : start + size]
-                    for n in range(size):
-                        sums[n] += v0 * read(row_0[n])
-                y[token, start : start + size] = sums
+        share = ((kept + _PARTS - 1) // _PARTS + 3) // 4 * 4
+        partial = np.zeros((tokens, _PARTS, features), np.float32)
+        for work in prange(tokens * _PARTS):
+            token, part = work // _PARTS, work % _PARTS
+            value, row, sums = values[token], indices[token], partial[token, part]
+            first, end = min(part * share, kept), min((part + 1) * share, kept)
+            fours = first + (end - first) // 4 * 4
+            for k in range(first, fours, 4):
+                v0, v1, v2, v3 = read(value[k]), read(value[k + 1]), read(value[k + 2]), read(value[k + 3])
+                row_0, row_1, row_2, row_3 = weight[row[k]], weight[row[k + 1]], weight[row[k + 2]], weight[row[k + 3]]
+                for following in range(k + 4, min(k + 8, end)):
+                    next_row = weight[row[following]]
+                    for n in range(0, min(features, 4 * _LINE), _LINE):
+                        _prefetch(next_row, n)
+                for n in range(features):
+                    sums[n] += (v0 * read(row_0[n]) + v1 * read(row_1[n])) + (v2 * read(row_2[n]) + v3 * read(row_3[n]))
+            for k in range(fours, end):
+                v0, row_0 = read(value[k]), weight[row[k]]
+                for n in range(features):
+                    sums[n] += v0 * read(row_0[n])
+        for piece in prange((features + _PIECE - 1) // _PIECE):
+            start, end = piece * _PIECE, min((piece + 1) * _PIECE, features)
+            for token in range(tokens):
+                sums = partial[token, 0]
+                for part in range(1, _PARTS):
+                    for n in range(start, end):
+                        sums[n] += partial[token, part, n]
+                if bias.size:
+                    for n in range(start, end):
+                        sums[n] += read(bias[n])
+                if residual.size:
+                    for n in range(start, end):
+                        y[token, n] = write(read(residual[token, n]) + read(write(sums[n])))
+                else:
+                    for n in range(start, end):
+                        y[token, n] = write(sums[n])
 
-    return sum_rows
+    return product
 
 
 @njit(nogil=True)
@@ -153,9 +195,9 @@ def _select(bits, magnitude_bits, infinity, block, keep, values, indices):
 
 
 _KINDS = {
-    torch.bfloat16: (torch.uint16, 15, 0x7F80, _make_product(_from_bfloat16)),
-    torch.float16: (torch.uint16, 15, 0x7C00, _make_product(_from_float16)),
-    torch.float32: (torch.uint32, 31, 0x7F800000, _make_product(_from_float32)),
+    torch.bfloat16: (torch.uint16, 15, 0x7F80, _make_product(_from_bfloat16, _to_bfloat16)),
+    torch.float16: (torch.uint16, 15, 0x7C00, _make_product(_from_float16, _to_float16)),
+    torch.float32: (torch.uint32, 31, 0x7F800000, _make_product(_from_float32, _bits)),
 }
 """By dtype: the integer of the same bits, how many are the magnitude, infinity, and the product."""
 
@@ -172,34 +214,55 @@ def refuses_numba(tensors: Sequence[Tensor], asked: bool) -> str | None:
     return None
 
 
+def _bits_of(x: Tensor) -> np.ndarray:
+    return x.detach().contiguous().view(_KINDS[x.dtype][0]).numpy()
+
+
+@cache
+def _nothing(integer: torch.dtype, ndim: int) -> np.ndarray:
+    return torch.empty((0,) * ndim, dtype=integer).numpy()
+
+
 def survivors_by_digits(x: Tensor, kept: int, block_size: int | None) -> tuple[Tensor, Tensor]:
     """Values and indices `[..., K]` of the top-K of `x [..., D]`."""
-    integer, magnitude_bits, infinity, _ = _KINDS[x.dtype]
+    _, magnitude_bits, infinity, _ = _KINDS[x.dtype]
     block = block_size or x.shape[-1]
     shape = *x.shape[:-1], kept * (x.shape[-1] // block)
     values, indices = x.new_empty(shape), x.new_empty(shape, dtype=torch.int32)
     if x.numel():
         _select(
-            x.contiguous().view(integer).numpy().reshape(-1, x.shape[-1]),
+            _bits_of(x).reshape(-1, x.shape[-1]),
             magnitude_bits,
             infinity,
             block,
             kept,
-            values.view(integer).numpy().reshape(-1, shape[-1]),
+            _bits_of(values).reshape(-1, shape[-1]),
             indices.numpy().reshape(-1, shape[-1]),
         )
     return values, indices
 
 
-def sum_of_rows(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """`[T, N]`, fp32, of values and indices `[T, K]` and a weight `[D, N]`, contiguous."""
-    integer, _, _, product = _KINDS[weight.dtype]
-    y = values.new_empty(values.shape[0], weight.shape[1], dtype=torch.float32)
-    threads = torch.get_num_threads()
-    inputs = values.contiguous().view(integer), indices.contiguous(), weight.detach().view(integer)
-    with _one_at_a_time:
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        product(*(each.numpy() for each in inputs), y.numpy(), threads)
-    if torch.get_num_threads() != threads:  # Numba's first call sets OpenMP's number, which is PyTorch's too
-        torch.set_num_threads(threads)
-    return y
+class Product:
+    """The decode product on these kernels."""
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        return refuses_numba(tensors, asked)
+
+    def product(
+        self, values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        integer, _, _, product = _KINDS[weight.dtype]
+        kept, features = values.shape[-1], weight.shape[1]
+        y = values.new_empty(*values.shape[:-1], features)
+
+        def bits(each: Tensor | None, *shape: int) -> np.ndarray:
+            return _nothing(integer, len(shape)) if each is None else _bits_of(each).reshape(shape)
+
+        threads = torch.get_num_threads()
+        arguments = bits(values, -1, kept), indices.contiguous().numpy().reshape(-1, kept), bits(weight, -1, features)
+        with _one_at_a_time:
+            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+            product(*arguments, bits(bias, features), bits(residual, -1, features), bits(y, -1, features))
+        if torch.get_num_threads() != threads:  # Numba's first call sets OpenMP's number, which is PyTorch's too
+            torch.set_num_threads(threads)
+        return y

@@ -19,7 +19,7 @@ from .backend import Missing, choose, is_numba_available
 from .sparsify import Survivors
 
 if is_numba_available():
-    from .decode_numba import refuses_numba, sum_of_rows
+    from .decode_numba import Product
 if is_triton_available():
     from .sparse_linear_triton import Kernels
 
@@ -29,9 +29,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class Composed:
     """The product from PyTorch's parts, around a way to sum weighted rows: `sum_rows(values, indices, weight)`."""
 
-    def __init__(self, sum_rows: Callable[..., Tensor], refuses: Callable | None = None) -> None:
+    def __init__(self, sum_rows: Callable[..., Tensor]) -> None:
         self.sum_rows = sum_rows
-        self.refuses = refuses or (lambda tensors, asked: None)
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        return None
 
     def product(
         self, values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
@@ -70,9 +72,7 @@ def _sum_as_written(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
 IMPLS = {
     "triton": Kernels() if is_triton_available() else Missing("the package triton is not installed"),
-    "numba": (
-        Composed(sum_of_rows, refuses_numba) if is_numba_available() else Missing("the package numba is not installed")
-    ),
+    "numba": Product() if is_numba_available() else Missing("the package numba is not installed"),
     "torch": Composed(_sum_of_bags),
     "reference": Composed(_sum_as_written),
 }
