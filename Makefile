@@ -9,7 +9,7 @@ quickstart: $(READY)
 	$(BIN)/qsparse quickstart --output quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 lint: $(READY)
 	$(BIN)/ruff check .

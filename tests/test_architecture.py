@@ -12,15 +12,14 @@ FAMILY_FILES = [path for path in MODELING if re.match(r"modeling_qsparse_\w+", p
 
 # Each module and the modules of this package it may import.
 LAYERS = [
+    {"errors", "modeling.sparsity", "modeling.backend", "modeling.sparsify_triton", "modeling.__init__"},
     {
-        "errors",
-        "modeling.sparsity",
-        "modeling.backend",
-        "modeling.sparsify_triton",
+        "measure",
+        "modeling.configuration_qsparse",
         "modeling.decode_numba",
-        "modeling.__init__",
+        "modeling.sparsify_ops",
+        "modeling.decode_attention_triton",
     },
-    {"measure", "modeling.configuration_qsparse", "modeling.sparsify_ops", "modeling.decode_attention_triton"},
     {"modeling.sparsify", "modeling.sparse_linear_triton"},
     {"modeling.sparse_linear", "modeling.decode_graph"},
     {"modeling.modeling_qsparse"},

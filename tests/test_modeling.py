@@ -475,7 +475,7 @@ def test_an_activation_written_in_python_is_the_dense_one_at_sparsity_zero(token
 def test_a_backend_is_named_for_whole_models(tokens, monkeypatch):
     """As the environment variable QSPARSE_BACKEND does when the package is imported."""
     monkeypatch.setattr("qsparse_hf.modeling.backend._ASKED", "nonsense")
-    with pytest.raises(ValueError, match="one of 'triton', 'torch', 'reference', got 'nonsense'"):
+    with pytest.raises(ValueError, match="one of 'triton', 'numba', 'torch', 'reference', got 'nonsense'"):
         make(sparse_config("llama"))(tokens)
 
 

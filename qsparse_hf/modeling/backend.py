@@ -4,11 +4,18 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
+from hashlib import sha256
 from importlib import import_module
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+# Operators have one table a process, and a checkpoint's own copy of this file may be loaded beside the package's: a
+# second registration under one name would leave the first copy's operators dangling.
+_PACKAGED = __name__ == "qsparse_hf.modeling.backend"
+NAMESPACE = "qsparse" if _PACKAGED else f"qsparse_{sha256(__name__.encode()).hexdigest()[:16]}"
+"""Of the operators that this copy registers."""
 
 logger = logging.getLogger(__name__)
 _ASKED = os.environ.get("QSPARSE_BACKEND") or None

@@ -1,4 +1,4 @@
-"""A decode step's selection and product on a CPU, compiled by Numba.
+"""Selections and a decode step's product on a CPU, compiled by Numba.
 
 The product reads the kept rows as fast as memory gives them; the selection finds the K-th magnitude digit by digit from
 histograms, without sorting. PyTorch's own operators do both too, with some fifty microseconds of their own each time.
@@ -8,11 +8,14 @@ them kept, N features out.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
+
+from .backend import NAMESPACE
 
 try:
     import numba
@@ -31,6 +34,8 @@ _PARTS = 8
 """In how many parts the kept rows are summed."""
 _PIECE = 1024
 """Features out that are finished together."""
+_TOGETHER = 8
+"""Blocks that one thread masks in a row."""
 _SMALL = 64
 """Up to how many features a block's ranks are counted one against all."""
 
@@ -152,46 +157,61 @@ def _make_product(read: Callable, write: Callable) -> Callable:
 
 
 @njit(nogil=True)
-def _select(bits, magnitude_bits, infinity, block, keep, values, indices):
-    """The `keep` largest of each block, lowest index first among equals: their bits and places, by index."""
-    tokens, features = bits.shape
+def _find(bits, magnitude_bits, infinity, keep, magnitudes, survives):
+    """Mark the `keep` largest of a block, lowest index first among equals."""
+    block = bits.size
     mask = (1 << magnitude_bits) - 1
-    magnitudes = np.empty(block, np.int64)
+    for i in range(block):
+        magnitudes[i] = min(np.int64(bits[i]) & mask, infinity + 1)  # NaN is largest
+    if block <= _SMALL:
+        for i in range(block):
+            before = 0
+            for j in range(block):
+                before += (magnitudes[j] > magnitudes[i]) | ((magnitudes[j] == magnitudes[i]) & (j < i))
+            survives[i] = before < keep
+        return
+    threshold, wanted, shift = np.int64(0), keep, (magnitude_bits - 1) // 8 * 8
     histogram = np.empty(256, np.int64)
+    while shift >= 0:
+        histogram[:] = 0
+        for i in range(block):
+            if magnitudes[i] >> (shift + 8) == threshold:  # of its digits, those that are decided
+                histogram[(magnitudes[i] >> shift) & 255] += 1
+        digit = 255
+        while histogram[digit] < wanted:
+            wanted -= histogram[digit]
+            digit -= 1
+        threshold = (threshold << 8) | digit
+        shift -= 8
+    for i in range(block):
+        equal = magnitudes[i] == threshold
+        survives[i] = magnitudes[i] > threshold or (equal and wanted > 0)
+        wanted -= equal
+
+
+@njit(nogil=True)
+def _list(bits, magnitude_bits, infinity, block, keep, values, indices):
+    """The survivors' bits and places `[T, K]`, by index."""
+    tokens, features = bits.shape
+    magnitudes, survives = np.empty(block, np.int64), np.empty(block, np.bool_)
     for token in range(tokens):
         place = 0
         for start in range(0, features, block):
+            _find(bits[token, start : start + block], magnitude_bits, infinity, keep, magnitudes, survives)
             for i in range(block):
-                magnitudes[i] = min(np.int64(bits[token, start + i]) & mask, infinity + 1)  # NaN is largest
-            if block <= _SMALL:
-                for i in range(block):
-                    before = 0
-                    for j in range(block):
-                        before += (magnitudes[j] > magnitudes[i]) | ((magnitudes[j] == magnitudes[i]) & (j < i))
-                    if before < keep:
-                        values[token, place], indices[token, place] = bits[token, start + i], start + i
-                        place += 1
-                continue
-            threshold, wanted, shift = np.int64(0), keep, (magnitude_bits - 1) // 8 * 8
-            above = np.int64(0)  # the digits that are decided
-            while shift >= 0:
-                histogram[:] = 0
-                for i in range(block):
-                    if magnitudes[i] >> (shift + 8) == above:
-                        histogram[(magnitudes[i] >> shift) & 255] += 1
-                digit = 255
-                while histogram[digit] < wanted:
-                    wanted -= histogram[digit]
-                    digit -= 1
-                above = (above << 8) | digit
-                shift -= 8
-            threshold = above
-            for i in range(block):
-                equal = magnitudes[i] == threshold
-                if magnitudes[i] > threshold or (equal and wanted > 0):
-                    wanted -= equal
+                if survives[i]:
                     values[token, place], indices[token, place] = bits[token, start + i], start + i
                     place += 1
+
+
+@njit(parallel=True, nogil=True)
+def _mask(bits, magnitude_bits, infinity, keep, mask):
+    """Which survive of each block, `[blocks, M]`."""
+    blocks, block = bits.shape
+    for chunk in prange((blocks + _TOGETHER - 1) // _TOGETHER):
+        magnitudes = np.empty(block, np.int64)
+        for i in range(chunk * _TOGETHER, min((chunk + 1) * _TOGETHER, blocks)):
+            _find(bits[i], magnitude_bits, infinity, keep, magnitudes, mask[i])
 
 
 _KINDS = {
@@ -209,9 +229,14 @@ def refuses_numba(tensors: Sequence[Tensor], asked: bool) -> str | None:
             return f"its kernels take bf16, fp16 and fp32, and got {each.dtype}"
         if each.device.type != "cpu":
             return f"its kernels are for CPUs, and the input is on {each.device.type}"
+    return None
+
+
+def refuses_compiling(tensors: Sequence[Tensor], asked: bool) -> str | None:
+    """As `refuses_numba`, for what is no operator of PyTorch, as that would double its time for few tokens."""
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace its kernels"
-    return None
+    return refuses_numba(tensors, asked)
 
 
 def _bits_of(x: Tensor) -> np.ndarray:
@@ -223,6 +248,34 @@ def _nothing(integer: torch.dtype, ndim: int) -> np.ndarray:
     return torch.empty((0,) * ndim, dtype=integer).numpy()
 
 
+@contextmanager
+def _threads() -> Iterator[None]:
+    """Numba's threads, as many as PyTorch has."""
+    threads = torch.get_num_threads()
+    with _one_at_a_time:
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        yield
+    if torch.get_num_threads() != threads:  # Numba's first call sets OpenMP's number, which is PyTorch's too
+        torch.set_num_threads(threads)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::mask_by_digits", mutates_args=())
+def mask_by_digits(x: Tensor, kept: int) -> Tensor:
+    """Which of the last dimension survive the top-K, of the shape of `x [..., M]`."""
+    _, magnitude_bits, infinity, _ = _KINDS[x.dtype]
+    mask = torch.empty(x.shape, dtype=torch.bool)
+    if x.numel():
+        with _threads():
+            bits = _bits_of(x).reshape(-1, x.shape[-1])
+            _mask(bits, magnitude_bits, infinity, kept, mask.numpy().reshape(bits.shape))
+    return mask
+
+
+@mask_by_digits.register_fake
+def _(x, kept):
+    return x.new_empty(x.shape, dtype=torch.bool)
+
+
 def survivors_by_digits(x: Tensor, kept: int, block_size: int | None) -> tuple[Tensor, Tensor]:
     """Values and indices `[..., K]` of the top-K of `x [..., D]`."""
     _, magnitude_bits, infinity, _ = _KINDS[x.dtype]
@@ -230,15 +283,8 @@ def survivors_by_digits(x: Tensor, kept: int, block_size: int | None) -> tuple[T
     shape = *x.shape[:-1], kept * (x.shape[-1] // block)
     values, indices = x.new_empty(shape), x.new_empty(shape, dtype=torch.int32)
     if x.numel():
-        _select(
-            _bits_of(x).reshape(-1, x.shape[-1]),
-            magnitude_bits,
-            infinity,
-            block,
-            kept,
-            _bits_of(values).reshape(-1, shape[-1]),
-            indices.numpy().reshape(-1, shape[-1]),
-        )
+        lists = _bits_of(values).reshape(-1, shape[-1]), indices.numpy().reshape(-1, shape[-1])
+        _list(_bits_of(x).reshape(-1, x.shape[-1]), magnitude_bits, infinity, block, kept, *lists)
     return values, indices
 
 
@@ -246,7 +292,7 @@ class Product:
     """The decode product on these kernels."""
 
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
-        return refuses_numba(tensors, asked)
+        return refuses_compiling(tensors, asked)
 
     def product(
         self, values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
@@ -258,11 +304,7 @@ class Product:
         def bits(each: Tensor | None, *shape: int) -> np.ndarray:
             return _nothing(integer, len(shape)) if each is None else _bits_of(each).reshape(shape)
 
-        threads = torch.get_num_threads()
         arguments = bits(values, -1, kept), indices.contiguous().numpy().reshape(-1, kept), bits(weight, -1, features)
-        with _one_at_a_time:
-            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        with _threads():
             product(*arguments, bits(bias, features), bits(residual, -1, features), bits(y, -1, features))
-        if torch.get_num_threads() != threads:  # Numba's first call sets OpenMP's number, which is PyTorch's too
-            torch.set_num_threads(threads)
         return y

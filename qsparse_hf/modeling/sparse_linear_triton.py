@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sparsify_ops import NAMESPACE, refuses
+from .backend import NAMESPACE
+from .sparsify_ops import refuses
 from .sparsify_triton import LIST_UNIT, is_padded, launch_options, new_lists, padded_length
 
 try:

@@ -10,7 +10,7 @@ Shapes: D features of a token, M features of a block, K features kept.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from .backend import Missing, choose, is_numba_available, say_once
 from .sparsity import check_block_size, check_rescale, check_sparsity, kept_features
 
 if is_numba_available():
-    from .decode_numba import refuses_numba, survivors_by_digits
+    from .decode_numba import mask_by_digits, refuses_compiling, refuses_numba, survivors_by_digits
 if is_triton_available():
     from .sparsify_ops import Kernels
 
@@ -131,11 +131,9 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 class Composed:
     """The operator from PyTorch's parts around a way to select."""
 
-    def __init__(self, select: Callable[[Tensor, int], Tensor]) -> None:
+    def __init__(self, select: Callable[[Tensor, int], Tensor], refuses: Callable | None = None) -> None:
         self.select = select
-
-    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
-        return None
+        self.refuses = refuses or (lambda tensors, asked: None)
 
     def mask(self, x: Tensor, kept: int, block_size: int | None) -> Tensor:
         blocks = x if block_size is None else x.unflatten(-1, (-1, block_size))
@@ -172,8 +170,11 @@ def _survivors_of(composed: Composed, x: Tensor, kept: int, block_size: int | No
     return x.gather(-1, indices), indices.int()
 
 
+_NO_NUMBA = Missing("the package numba is not installed")
+
 IMPLS = {
     "triton": Kernels() if is_triton_available() else Missing("the package triton is not installed"),
+    "numba": Composed(mask_by_digits, refuses_numba) if is_numba_available() else _NO_NUMBA,
     "torch": Composed(_mask_by_threshold),
     "reference": Composed(_mask_by_sort),
 }
@@ -183,11 +184,7 @@ bool mask of what survives, and with the straight-through estimator `topk(x, kep
 
 SURVIVORS = {
     "triton": IMPLS["triton"],
-    "numba": (
-        Selected(survivors_by_digits, refuses_numba)
-        if is_numba_available()
-        else Missing("the package numba is not installed")
-    ),
+    "numba": Selected(survivors_by_digits, refuses_compiling) if is_numba_available() else _NO_NUMBA,
     "torch": Selected(partial(_survivors_of, IMPLS["torch"])),
     "reference": Selected(partial(_survivors_of, IMPLS["reference"])),
 }

@@ -1,11 +1,11 @@
 """The kernels of `sparsify_triton` as PyTorch operators: custom ops with shapes for the compiler and with gradients."""
 
 from collections.abc import Sequence
-from hashlib import sha256
 
 import torch
 from torch import Tensor
 
+from .backend import NAMESPACE
 from .sparsify_triton import (
     INTERPRETED,
     glu_backward_kernel,
@@ -15,11 +15,6 @@ from .sparsify_triton import (
     rms_norm_backward_kernel,
     whole_row,
 )
-
-# Operators have one table a process, and a checkpoint's own copy of this file may be loaded beside the package's: a
-# second registration under one name would leave the first copy's operators dangling.
-_PACKAGED = __name__ == "qsparse_hf.modeling.sparsify_ops"
-NAMESPACE = "qsparse" if _PACKAGED else f"qsparse_{sha256(__name__.encode()).hexdigest()[:16]}"
 
 
 @torch.library.custom_op(f"{NAMESPACE}::topk", mutates_args=())
