@@ -324,11 +324,10 @@ def bench_decode(
     configs = {name: _configs(name) for name in models}
     results: list[dict] = []
 
-    def noted(row: dict) -> dict:
+    def note(row: dict) -> None:
         results.append(row)
         if output:
             write_json(Path(output), results)
-        return row
 
     def decoded() -> Iterator[list]:
         total = len(models) * len(batches) * len(prompts) * len(sparsities)
@@ -339,7 +338,7 @@ def bench_decode(
                 sparse = _random_model(sparse_config, place, DTYPES[dtype])
                 for sequences, prompt in product(batches, prompts):
                     for row in _decode_rows(dense, sparse, sparsities, sequences, prompt, new_tokens, rounds):
-                        noted({"model": name, "dtype": dtype, **row})
+                        note({"model": name, "dtype": dtype, **row})
                         yield [name, sequences, prompt, row["sparsity"], *_summary(row)]
                         progress.update()
                 del dense, sparse
@@ -348,7 +347,7 @@ def bench_decode(
     def multiplied() -> Iterator[list]:
         for name, (_, sparse_config) in configs.items():
             for row in _product_rows(sparse_config, place, sparsities, DTYPES[dtype], rounds):
-                noted({"model": name, "dtype": dtype, **row})
+                note({"model": name, "dtype": dtype, **row})
                 median, share = medians(row["microseconds"]), row["share_of_copy"]
                 dense, sparse = ([f"{median[kind]:.1f}", f"{share[kind]:.0%}"] for kind in ("dense", "sparse"))
                 ratios = [f"{median['dense'] / median['sparse']:.2f}", f"{median['selection']:.1f}"]

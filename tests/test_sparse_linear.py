@@ -6,7 +6,7 @@ from conftest import assert_close, backends
 
 from qsparse_hf import topk_sparsify
 from qsparse_hf.modeling.sparse_linear import IMPLS, sparse_linear
-from qsparse_hf.modeling.sparsify import Survivors
+from qsparse_hf.modeling.sparsify import SURVIVORS, Survivors
 
 BACKENDS = backends(IMPLS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -48,6 +48,39 @@ def test_is_the_same_every_time(device, backend):
     first = sparse_linear(kept, weight, backend=backend)
     for _ in range(3 if device == "cuda" else 1):
         assert torch.equal(sparse_linear(kept, weight, backend=backend), first)
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_room_beside_the_lists_counts_for_nothing(device, backend, dtype, monkeypatch):
+    """Lists have room for whole vectors; what stands there is what the memory held before."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    x, weight = (torch.randn(n, 50, device=device).to(dtype) for n in (3, 50))
+    selects = backend if backend in SURVIVORS else None
+    torch.use_deterministic_algorithms(True)  # empty tensors are filled with NaN and the largest integers
+    try:
+        kept = topk_sparsify(x, 0.5, compact=True, backend=selects)
+        y = sparse_linear(kept, weight, backend=backend)
+        of_copies = sparse_linear(Survivors(kept.values.clone(), kept.indices.clone()), weight, backend=backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_close(y, (topk_sparsify(x, 0.5).double() @ weight.double()).to(dtype))
+    assert torch.equal(of_copies, y)
+
+
+@pytest.mark.parametrize("backend", [case.values[1] for case in BACKENDS if case.values == ("cpu", "numba")])
+def test_is_the_same_for_any_number_of_threads(backend):
+    x, weight = torch.randn(1, 512), torch.randn(512, 700)
+    kept = topk_sparsify(x, 0.5, compact=True)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(sparse_linear(kept, weight, backend=backend))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
 
 
 def test_bad_arguments_are_named():
