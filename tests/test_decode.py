@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from conftest import assert_close, make, sparse_config
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -121,7 +121,7 @@ def test_weights_that_change_under_a_prepared_model(family, tokens, products):
     model.load_state_dict(other.state_dict(), assign=True)
     assert torch.equal(model.generate(tokens[:1], **GREEDY), expected)
     model.model.layers[0].mlp.down_proj = nn.Sequential(model.model.layers[0].mlp.down_proj)
-    with pytest.raises(RuntimeError, match="was replaced by a Sequential; call restore"):
+    with pytest.raises(RuntimeError, match=r"was replaced by a torch.*Sequential; call the model's restore\(\) first"):
         model.generate(tokens[:1], **GREEDY)
 
 
@@ -159,7 +159,7 @@ def test_a_state_dict_is_an_ordinary_one(tmp_path):
 def test_adapters_on_a_prepared_model(tokens, tmp_path):
     model = make(sparse_config("llama")).prepare_for_decode()
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["down_proj"]))
-    with pytest.raises(RuntimeError, match=r"replaced by a Linear; call restore"):
+    with pytest.raises(RuntimeError, match=r"replaced by a peft.*Linear; call the model"):
         adapted.generate(input_ids=tokens[:1], **GREEDY)
     model.restore()
     adapted.generate(input_ids=tokens[:1], **GREEDY)
@@ -222,14 +222,14 @@ def test_a_large_batch_is_decoded_densely_and_that_is_said(caplog, products, mon
 
 def test_what_cannot_be_prepared_is_named(tokens):
     adapted = get_peft_model(make(sparse_config("llama")), LoraConfig(r=2, target_modules=["up_proj"]))
-    with pytest.raises(ValueError, match=r"up_proj of layer 0 is Linear with .*merge adapters before"):
+    with pytest.raises(ValueError, match=r"up_proj of layer 0 is a peft.*Linear with .*merge adapters before"):
         adapted.base_model.model.prepare_for_decode()
     assert not adapted.base_model.model.is_prepared
     merged = adapted.merge_and_unload()
     assert merged.prepare_for_decode().is_prepared
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(sparse_config("llama"))
-    with pytest.raises(ValueError, match="q_proj of layer 0 is Linear with a Tensor on meta"):
+    with pytest.raises(ValueError, match=r"q_proj of layer 0 is a torch.nn.modules.linear.Linear with a Tensor on meta"):
         empty.prepare_for_decode()
 
 
@@ -379,3 +379,68 @@ def test_a_decode_step_is_the_forward_it_replaces(family, padding, tokens):
         step.mask[:, 0, 0, : mask.shape[1]].copy_(mask)
         assert_close(step._step()[:, 0], whole[:, -1])
     assert [layer.cumulative_length.item() for layer in cache.layers] == [7, 7]
+
+
+def test_from_embeddings(tokens, replays):
+    model = make(sparse_config("llama"))
+    embeddings = model.get_input_embeddings()(tokens[:1, :4]).detach()
+    expected = model.generate(inputs_embeds=embeddings, **GREEDY)
+    model.prepare_for_decode()
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **GREEDY), expected)
+    assert len(replays) == 1
+
+
+@pytest.mark.parametrize("prompts", [PromptTuningConfig, PrefixTuningConfig])
+def test_learned_prompts_say_what_a_step_is_given(tokens, replays, prompts):
+    model = get_peft_model(make(sparse_config("llama")), prompts(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    prompt = {"input_ids": tokens[:1, :4], "attention_mask": torch.ones(1, 4, dtype=torch.long)}
+    expected = model.generate(**prompt, **GREEDY)
+    model.get_base_model().prepare_for_decode()
+    assert torch.equal(model.generate(**prompt, **GREEDY), expected)
+    assert replays == []
+
+
+def test_subclasses_say_what_a_step_is_given(tokens, replays):
+    model = make(sparse_config("llama"))
+
+    class Shifted(type(model)):
+        def prepare_inputs_for_generation(self, input_ids, **kwargs):
+            inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+            return inputs | {"position_ids": inputs["position_ids"] + 1}
+
+    class Forgetful(type(model)):
+        def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+            model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+            mask = model_kwargs["attention_mask"].clone()
+            mask[:, :-4] = 0
+            return model_kwargs | {"attention_mask": mask}
+
+    prompt = {"input_ids": tokens[:1, :6], "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])}
+    for subclass in (Shifted, Forgetful):
+        model.__class__ = subclass
+        model.restore()
+        expected = model.generate(**prompt, **GREEDY)
+        model.prepare_for_decode()
+        assert torch.equal(model.generate(**prompt, **GREEDY), expected)
+    assert replays == []
+
+
+def test_a_bias_that_is_replaced(tokens):
+    model = make(sparse_config("qwen2")).prepare_for_decode()
+    model.generate(tokens[:1, :4], **GREEDY)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.bias = nn.Parameter(torch.randn(64))
+    logits = []
+    with torch.no_grad():
+        for _ in range(2):
+            cache = model(tokens[:1, :6], use_cache=True).past_key_values
+            logits.append(model(tokens[:1, 6:7], past_key_values=cache).logits)
+            model.restore()
+    assert_close(*logits)
+
+
+def test_a_copy_has_no_cache_of_the_last_call(tokens, replays):
+    model = make(sparse_config("llama")).prepare_for_decode()
+    model.generate(tokens[:1, :4], **GREEDY)
+    assert model._spare_cache is not None
+    assert copy.deepcopy(model)._spare_cache is None

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from qsparse_hf import topk_sparsify
+from qsparse_hf.modeling.sparse_linear import sparse_linear
 from qsparse_hf.modeling.sparsify import ACTIVATIONS, IMPLS, SURVIVORS, gated, glu_sparsify, rms_norm, rms_norm_sparsify
 from qsparse_hf.modeling.sparsity import kept_features
 
@@ -304,6 +305,50 @@ def test_feature_dimensions(device, backend, features, dtype):
     y = topk_sparsify(x, 0.5, backend=backend)
     assert (y != 0).sum(-1).tolist() == [kept_features(features, 0.5)] * 2
     assert torch.equal(y, topk_sparsify(x, 0.5, backend="reference"))
+
+
+@pytest.mark.parametrize(("device", "backend"), [case for case in BACKENDS if case.values[1] != "reference"])
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_long_rows_of_equals(device, backend, value):
+    """As many as a count in half of an integer can be."""
+    x = torch.full((1, 32768), value, device=device, dtype=torch.bfloat16)
+    assert (topk_sparsify(x, 0.5, backend=backend) != 0).nonzero()[:, 1].tolist() == list(range(16384))
+    kept = topk_sparsify(x, 0.5, backend=backend if backend in SURVIVORS else None, compact=True)
+    assert kept.indices.sort().values.tolist() == [list(range(16384))]
+
+
+def test_a_forked_process_selects_too():
+    run_python(
+        """
+import os, torch
+from qsparse_hf import topk_sparsify
+x = torch.randn(64, 64)
+expected = topk_sparsify(x, 0.5)
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(topk_sparsify(x, 0.5), expected) else 7)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    )
+
+
+def test_what_is_exported_needs_no_package():
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            return topk_sparsify(x, 0.5)
+
+    program = torch.export.export(Block(), (torch.randn(2, 64),))
+    assert not any("qsparse" in str(node.target) for node in program.graph.nodes)
+
+
+def test_with_another_default_device():
+    x, weight = torch.randn(1, 64), torch.randn(64, 32)
+    torch.set_default_device("meta")
+    try:
+        assert topk_sparsify(x, 0.5).device.type == "cpu"
+        assert sparse_linear(topk_sparsify(x, 0.5, compact=True), weight).device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
 
 
 def test_views_with_any_strides():

@@ -7,6 +7,8 @@ Floats of 16 bits come as `uint16`, of 32 bits as `uint32`, as Numba knows no bf
 them kept, N features out.
 """
 
+import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,9 +29,9 @@ try:
 except ImportError as error:
     raise ImportError("these kernels need the package numba") from error
 
-_one_at_a_time = threading.Lock()  # not all of Numba's thread pools bear two callers
 _LINE = 32
 """Values of 16 bits in a cache line."""
+_WORTH_A_THREAD = 1 << 16
 _PARTS = 8
 """In how many parts the kept rows are summed."""
 _PIECE = 1024
@@ -222,8 +224,41 @@ _KINDS = {
 """By dtype: the integer of the same bits, how many are the magnitude, infinity, and the product."""
 
 
+class _Threads:
+    """Numba's threads, as many as PyTorch has; one caller at a time, as not all of its thread pools bear two."""
+
+    def __init__(self) -> None:
+        self.started = self.lost = False
+        self.lock = threading.Lock()
+
+    def fork(self) -> None:
+        """What a child process has: the lock may have been held, and threads that had been started are not there."""
+        self.lost = self.started
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def __call__(self, steps: int) -> Iterator[None]:
+        """For that many multiplications or the like: few are done before a second thread has woken."""
+        threads = torch.get_num_threads()
+        with self.lock:
+            self.started = True
+            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS) if steps >= _WORTH_A_THREAD else 1)
+            yield
+        if torch.get_num_threads() != threads:  # Numba's first call sets OpenMP's number, which is PyTorch's too
+            torch.set_num_threads(threads)
+
+
+_threads = _Threads()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.fork)
+
+
 def refuses_numba(tensors: Sequence[Tensor], asked: bool) -> str | None:
     """Why these kernels do not run on these, or None."""
+    if _threads.lost:
+        return "its threads do not survive a fork, and this process was forked from one that had them"
+    if torch.compiler.is_exporting():
+        return "what is exported is to run where they are not"
     for each in tensors:
         if each.dtype not in _KINDS:
             return f"its kernels take bf16, fp16 and fp32, and got {each.dtype}"
@@ -245,27 +280,16 @@ def _bits_of(x: Tensor) -> np.ndarray:
 
 @cache
 def _nothing(integer: torch.dtype, ndim: int) -> np.ndarray:
-    return torch.empty((0,) * ndim, dtype=integer).numpy()
-
-
-@contextmanager
-def _threads() -> Iterator[None]:
-    """Numba's threads, as many as PyTorch has."""
-    threads = torch.get_num_threads()
-    with _one_at_a_time:
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-        yield
-    if torch.get_num_threads() != threads:  # Numba's first call sets OpenMP's number, which is PyTorch's too
-        torch.set_num_threads(threads)
+    return torch.empty((0,) * ndim, dtype=integer, device="cpu").numpy()
 
 
 @torch.library.custom_op(f"{NAMESPACE}::mask_by_digits", mutates_args=())
 def mask_by_digits(x: Tensor, kept: int) -> Tensor:
     """Which of the last dimension survive the top-K, of the shape of `x [..., M]`."""
     _, magnitude_bits, infinity, _ = _KINDS[x.dtype]
-    mask = torch.empty(x.shape, dtype=torch.bool)
+    mask = x.new_empty(x.shape, dtype=torch.bool)
     if x.numel():
-        with _threads():
+        with _threads(8 * x.numel()):
             bits = _bits_of(x).reshape(-1, x.shape[-1])
             _mask(bits, magnitude_bits, infinity, kept, mask.numpy().reshape(bits.shape))
     return mask
@@ -298,13 +322,14 @@ class Product:
         self, values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         integer, _, _, product = _KINDS[weight.dtype]
-        kept, features = values.shape[-1], weight.shape[1]
+        tokens, kept, features = math.prod(values.shape[:-1]), values.shape[-1], weight.shape[1]
         y = values.new_empty(*values.shape[:-1], features)
 
         def bits(each: Tensor | None, *shape: int) -> np.ndarray:
             return _nothing(integer, len(shape)) if each is None else _bits_of(each).reshape(shape)
 
-        arguments = bits(values, -1, kept), indices.contiguous().numpy().reshape(-1, kept), bits(weight, -1, features)
-        with _threads():
-            product(*arguments, bits(bias, features), bits(residual, -1, features), bits(y, -1, features))
+        lists = bits(values, tokens, kept), indices.contiguous().numpy().reshape(tokens, kept)
+        added = bits(bias, features), bits(residual, tokens, features)
+        with _threads(tokens * kept * features):
+            product(*lists, bits(weight, *weight.shape), *added, bits(y, tokens, features))
         return y

@@ -220,8 +220,9 @@ class QSparsePreTrainedModel:
             for _, linears in projection_groups(layer):
                 for name, linear in linears.items():
                     if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor or linear.weight.is_meta:
+                        kind = f"{type(linear).__module__}.{type(linear).__name__}"
                         return (
-                            f"{name} of layer {number} is {type(linear).__name__} with a "
+                            f"{name} of layer {number} is a {kind} with a "
                             f"{type(linear.weight.data).__name__} on {linear.weight.device}; merge adapters before"
                         )
         return None
@@ -315,6 +316,21 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
         self._spare_cache = None
         return super().restore()
 
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_spare_cache": None}
+
+    @property
+    def _steps_as_usual(self) -> bool:
+        """Whether nobody else, a subclass or a prompt of PEFT's, has a say in what a step of `generate` is given."""
+        usual = {
+            "prepare_inputs_for_generation": QSparseForCausalLM,
+            "_update_model_kwargs_for_generation": GenerationMixin,
+        }
+        return all(
+            name not in vars(self) and getattr(type(self), name) is getattr(where, name)
+            for name, where in usual.items()
+        )
+
     @wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
         outer = _call.cache, _call.decoding
@@ -332,6 +348,7 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
         """As in Transformers; a prepared model on a GPU takes a static cache where any would do, and takes it again."""
         ours = (
             self.is_prepared
+            and self._steps_as_usual
             and has_graphs(self.device)
             and generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
             and generation_config.cache_implementation in (None, "static")
@@ -364,7 +381,7 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """As in Transformers, but for a step that runs as a graph, which has its mask inside."""
-        if self.is_prepared and fits(self, past_key_values, inputs_embeds.shape[1]):
+        if self.is_prepared and self._steps_as_usual and fits(self, past_key_values, inputs_embeds.shape[1]):
             return attention_mask
         return create_masks_for_generate(
             config=config,
@@ -377,11 +394,12 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
     def get_compiled_call(self, compile_config):
         """What `generate` decodes with over a static cache: a prepared model's own graph."""
         compiled = super().get_compiled_call(compile_config)
-        if not self.is_prepared:
+        if not (self.is_prepared and self._steps_as_usual):
             return compiled
         _call.decoding = Decoding(self, compiled)
         return _call.decoding
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose signature is looked into
     def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
         """As in Transformers; where a graph decodes, the host has little else to do, and the device waits for it."""
         decoding = _call.decoding

@@ -38,10 +38,11 @@ class Composed:
     def product(
         self, values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
-        y = self.sum_rows(values.flatten(0, -2), indices.flatten(0, -2), weight)
+        lists = math.prod(values.shape[:-1]), values.shape[-1]
+        y = self.sum_rows(values.reshape(lists), indices.reshape(lists), weight)
         if bias is not None:
             y = y + bias
-        y = y.to(values.dtype).unflatten(0, values.shape[:-1])
+        y = y.to(values.dtype).reshape(*values.shape[:-1], weight.shape[1])
         return y if residual is None else residual + y
 
 
@@ -93,7 +94,8 @@ def sparse_linear(
     would ("torch" also before it adds a bias).
 
     Args:
-        kept: values and indices `[..., K]`, as `topk_sparsify(..., compact=True)` returns them.
+        kept: values and indices `[..., K]`, as `topk_sparsify(..., compact=True)` returns them. The indices must be
+            below D: kernels read what they name.
         weight: `[D, N]`, contiguous; bf16, fp16, fp32 or fp64 as the values.
         bias: `[N]`.
         residual: `[..., N]`.
@@ -151,8 +153,9 @@ class Rows:
         self.places = self._places(linears)
 
     @staticmethod
-    def _places(linears: Sequence[nn.Linear]) -> list[int]:
-        return [linear.weight.data_ptr() for linear in linears]
+    def _places(linears: Sequence[nn.Linear]) -> list[int | None]:
+        parameters = [each for linear in linears for each in (linear.weight, linear.bias)]
+        return [None if each is None else each.data_ptr() for each in parameters]
 
     def are_those_of(self, linears: Sequence[nn.Linear]) -> bool:
         """Whether the parameters still are views of this: copying a model or assigning a state dict gives it others."""
@@ -223,9 +226,10 @@ def project(x: Tensor | Survivors, *linears: nn.Linear, residual: Tensor | None 
     if isinstance(x, Survivors):
         for linear in linears:
             if type(linear) is not InputMajorLinear:
+                kind = f"{type(linear).__module__}.{type(linear).__name__}"
                 raise RuntimeError(
-                    f"a linear of a model that is prepared for decoding was replaced by a {type(linear).__name__}; "
-                    "call restore() first, and prepare_for_decode() again if it still applies"
+                    f"a linear of a model that is prepared for decoding was replaced by a {kind}; call the model's "
+                    "restore() first, and prepare_for_decode() again once adapters are merged"
                 )
         if not torch.compiler.is_compiling() and not linears[0].rows.are_those_of(linears):
             lay_out(*linears)

@@ -4,6 +4,7 @@ Shapes: T tokens, D features in, K of them kept, N features out. The weight is i
 not kept is a contiguous row that is not read.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -112,8 +113,8 @@ def launch_sparse_linear(
     """
     kept, features = values.shape[-1], weight.shape[1]
     y = values.new_empty(*values.shape[:-1], features)
-    tokens = values.numel() // kept
-    if tokens == 0:
+    tokens = math.prod(values.shape[:-1])
+    if y.numel() == 0:
         return y
     tile = tile or _Tile.of(features, weight.element_size())
     options = launch_options(values)

@@ -146,12 +146,13 @@ def _count(x):
 def _narrow_by_two(candidates, kept, wanted, first, second):
     """Two steps of a single unit with one reduction: the counts that the second may need go along with the first's."""
     one = candidates & first
-    # Two counts below 65536 share an integer. A plain shift would hide from the compiler that these count bits.
+    # Two counts below 65536 share an integer; the upper one may reach its sign. A plain shift would hide from the
+    # compiler that these count bits.
     shift = 0x10000 + tl.program_id(1)
     counts = tl.join(_popcount(one) + _popcount(one & second) * shift, _popcount((candidates ^ one) & second))
     counts, second_alone = tl.split(tl.sum(tl.reshape(counts, [counts.shape[1], 2]), axis=0))
     count = counts & 0xFFFF
-    after = tl.where(count < wanted, second_alone, counts >> 16)
+    after = tl.where(count < wanted, second_alone, (counts >> 16) & 0xFFFF)
     candidates, kept, wanted = _narrow(candidates, kept, wanted, first, count)
     return _narrow(candidates, kept, wanted, second, after)
 
