@@ -229,7 +229,7 @@ def test_what_cannot_be_prepared_is_named(tokens):
     assert merged.prepare_for_decode().is_prepared
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(sparse_config("llama"))
-    with pytest.raises(ValueError, match=r"q_proj of layer 0 is a torch.nn.modules.linear.Linear with a Tensor on meta"):
+    with pytest.raises(ValueError, match=r"q_proj of layer 0 is a torch.*Linear with a Tensor on meta"):
         empty.prepare_for_decode()
 
 
