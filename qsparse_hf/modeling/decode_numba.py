@@ -32,6 +32,7 @@ except ImportError as error:
 _LINE = 32
 """Values of 16 bits in a cache line."""
 _WORTH_A_THREAD = 1 << 16
+"""From how many multiplications on a second thread is woken."""
 _PARTS = 8
 """In how many parts the kept rows are summed."""
 _PIECE = 1024
