@@ -18,9 +18,14 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("features", [4096, 11008])
 def test_implementations_agree_at_size(features, dtype):
     x = torch.randn(64, features, device="cuda", dtype=dtype)
-    masks = [implementation.mask(x, features // 2, None) for implementation in IMPLS.values()]
-    assert all(torch.equal(mask, masks[0]) for mask in masks[1:])
-    assert torch.equal(masks[0].cpu(), IMPLS["reference"].mask(x.cpu(), features // 2, None))
+    masks = {
+        name: implementation.mask(x, features // 2, None)
+        for name, implementation in IMPLS.items()
+        if implementation.refuses([x], asked=True) is None
+    }
+    expected = IMPLS["reference"].mask(x.cpu(), features // 2, None)
+    assert masks.keys() >= {"triton", "torch", "reference"}
+    assert all(torch.equal(mask.cpu(), expected) for mask in masks.values())
 
 
 def test_the_kernels_run_unasked_and_in_a_cuda_graph():
