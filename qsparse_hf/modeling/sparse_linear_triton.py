@@ -23,6 +23,13 @@ except ImportError as error:
     raise ImportError("the decode product's kernel needs the package triton") from error
 
 
+@triton.jit
+def _listed(values_ptr, indices_ptr, places, padded):
+    """Values and rows at these places of a list, padding and all: a vector that a mask splits comes value by value."""
+    inside = places < padded
+    return tl.load(values_ptr + places, mask=inside, other=0.0), tl.load(indices_ptr + places, mask=inside, other=0)
+
+
 @triton.jit(do_not_specialize=["K"])  # one kernel for all sparsities
 def sparse_linear_kernel(
     values_ptr,
@@ -55,19 +62,23 @@ def sparse_linear_kernel(
     padded = tl.cdiv(K, LIST_UNIT) * LIST_UNIT
     # A thread reads 16 bytes of a row; the rows of a thread are LANES apart, and it adds these up as they come.
     sums = tl.zeros([LANES, COLUMNS], tl.float32)
+    places = tl.arange(0, ROWS)
+    if STAGES == 1:
+        value, row = _listed(values_ptr, indices_ptr, places, padded)
     for first in tl.range(0, K, ROWS, num_stages=STAGES):
-        place = first + tl.arange(0, ROWS)
-        kept = place < K
-        # Reading the padding too is reading whole vectors, which can be under way while others are worked on.
-        value = tl.load(values_ptr + place, mask=place < padded, other=0.0)
-        row = tl.load(indices_ptr + place, mask=place < padded, other=0)
+        if STAGES > 1:  # the compiler asks for lists as far ahead as for rows
+            value, row = _listed(values_ptr, indices_ptr, first + places, padded)
+        kept = first + places < K
         weight = tl.load(
             weight_ptr + row[:, None].to(tl.int64) * N + columns[None, :],
             mask=kept[:, None] & inside[None, :],
             other=0.0,
             eviction_policy="evict_first",
         )
-        weighted = tl.where(kept, value, 0.0).to(tl.float32)[:, None] * weight.to(tl.float32)
+        factor = tl.where(kept, value, 0.0).to(tl.float32)
+        if STAGES == 1:  # the next part of the list comes while these rows do
+            value, row = _listed(values_ptr, indices_ptr, first + ROWS + places, padded)
+        weighted = factor[:, None] * weight.to(tl.float32)
         sums += tl.sum(tl.reshape(weighted, [ROWS // LANES, LANES, COLUMNS]), axis=0)
     y = tl.sum(sums, axis=0)
     if bias_ptr is not None:
@@ -91,12 +102,12 @@ class _Tile:
     def of(cls, features: int, element_size: int) -> "_Tile":
         """For that many features out: about as many programs as a large GPU has multiprocessors, or more.
 
-        Together their loads under way have to fill the memory's pipeline. Few programs load ahead, many take turns.
+        Together their loads under way have to fill the memory's pipeline.
         """
         rows = 1024 // element_size
         if features <= 2048:
             return cls(2 * rows, 16, 8, 1)
-        return cls(rows, 32, 8, 3) if features <= 8192 else cls(rows, 64, 8, 1)
+        return cls(rows, 32, 8, 3) if features <= 4096 else cls(rows, 64, 8, 1)
 
 
 def launch_sparse_linear(
