@@ -1,5 +1,7 @@
 """The decode product: values, where it rounds, what it refuses."""
 
+from itertools import product
+
 import pytest
 import torch
 from conftest import assert_close, backends
@@ -26,9 +28,14 @@ def test_hand_computed(device, backend, dtype):
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(100, 72), (33, 130), (1, 1), (300, 64)])
-@pytest.mark.parametrize("tokens", [(1,), (2, 3), (0, 1)])
-def test_is_the_dense_product_of_what_survived(device, backend, dtype, shape, tokens):
+@pytest.mark.parametrize(
+    ("tokens", "shape"),
+    [
+        *product([(1,), (2, 3), (0, 1)], [(100, 72), (33, 130), (1, 1), (300, 64)]),
+        *product([(1,)], [(1300, 2050), (5200, 2050), (600, 5200)]),  # a kernel's other tiles
+    ],
+)
+def test_is_the_dense_product_of_what_survived(device, backend, dtype, tokens, shape):
     features, out = shape
     generator = torch.Generator().manual_seed(0)
     x, weight, bias, residual = (

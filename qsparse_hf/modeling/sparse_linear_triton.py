@@ -75,11 +75,12 @@ def sparse_linear_kernel(
             other=0.0,
             eviction_policy="evict_first",
         )
-        factor = tl.where(kept, value, 0.0).to(tl.float32)
-        if STAGES == 1:  # the next part of the list comes while these rows do
-            value, row = _listed(values_ptr, indices_ptr, first + ROWS + places, padded)
-        weighted = factor[:, None] * weight.to(tl.float32)
+        if STAGES == 1:  # the list's next part comes while these rows do
+            next_value, next_row = _listed(values_ptr, indices_ptr, first + ROWS + places, padded)
+        weighted = tl.where(kept, value, 0.0).to(tl.float32)[:, None] * weight.to(tl.float32)
         sums += tl.sum(tl.reshape(weighted, [ROWS // LANES, LANES, COLUMNS]), axis=0)
+        if STAGES == 1:
+            value, row = next_value, next_row
     y = tl.sum(sums, axis=0)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
@@ -99,15 +100,17 @@ class _Tile:
     stages: int
 
     @classmethod
-    def of(cls, features: int, element_size: int) -> "_Tile":
-        """For that many features out: about as many programs as a large GPU has multiprocessors, or more.
+    def of(cls, kept: int, features: int, element_size: int) -> "_Tile":
+        """For that many features in and out: about as many programs as a large GPU has multiprocessors, or more.
 
-        Together their loads under way have to fill the memory's pipeline.
+        Together their loads under way have to fill the memory's pipeline; few programs with long lists load ahead.
         """
         rows = 1024 // element_size
         if features <= 2048:
             return cls(2 * rows, 16, 8, 1)
-        return cls(rows, 32, 8, 3) if features <= 4096 else cls(rows, 64, 8, 1)
+        if features <= 4096 and kept > 4 * rows:
+            return cls(rows, 32, 8, 3)
+        return cls(2 * rows, 32, 8, 1) if features <= 5120 else cls(rows, 64, 8, 1)
 
 
 def launch_sparse_linear(
@@ -127,7 +130,7 @@ def launch_sparse_linear(
     tokens = math.prod(values.shape[:-1])
     if y.numel() == 0:
         return y
-    tile = tile or _Tile.of(features, weight.element_size())
+    tile = tile or _Tile.of(kept, features, weight.element_size())
     options = launch_options(values)
     with torch.cuda.device_of(values):
         sparse_linear_kernel[(triton.cdiv(features, tile.columns), tokens)](
