@@ -108,7 +108,7 @@ class _Tile:
         rows = 1024 // element_size
         if features <= 2048:
             return cls(2 * rows, 16, 8, 1)
-        if features <= 4096 and kept > 4 * rows:
+        if features <= 4096 and kept >= 4 * rows:
             return cls(rows, 32, 8, 3)
         return cls(2 * rows, 32, 8, 1) if features <= 5120 else cls(rows, 64, 8, 1)
 
