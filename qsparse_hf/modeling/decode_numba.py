@@ -1,18 +1,19 @@
-"""Selections and a decode step's product on a CPU, compiled by Numba.
+"""Selections and what a decode step needs on a CPU, compiled by Numba.
 
-The product reads the kept rows as fast as memory gives them; the selection finds the K-th magnitude digit by digit from
-histograms, without sorting. PyTorch's own operators do both too, with some fifty microseconds of their own each time.
+The product reads the kept rows as fast as memory gives them; the selection finds the K-th magnitude bit by bit,
+counting as many at once as a register holds; the attention reads the cache once. PyTorch's own operators do all that
+too, with fifty microseconds of their own each time, and the attention, in bf16, eight times more slowly.
 
-Floats of 16 bits come as `uint16`, of 32 bits as `uint32`, as Numba knows no bfloat16. T tokens, D features in, K of
-them kept, N features out.
+Floats come as integers of the same bits, which tell the dtype too, as Numba knows no bfloat16: `uint16` for bf16,
+`int16` for fp16, `uint32` for fp32. T tokens, D features in, K of them kept, N features out.
 """
 
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -39,57 +40,58 @@ _PIECE = 1024
 """Features out that are finished together."""
 _TOGETHER = 8
 """Blocks that one thread masks in a row."""
-_SMALL = 64
-"""Up to how many features a block's ranks are counted one against all."""
+_SMALL = 16
+"""Up to how many features a block's are ranked one against all."""
+_COUNTED = 1 << 14
+"""Magnitudes whose number 15 bits can hold."""
+
+
+def _can_keep() -> bool:
+    """Whether what was compiled can be kept for the next process, beside this file or with the user's caches."""
+    try:
+        njit(cache=True)(_can_keep)
+    except RuntimeError:  # no place to write to
+        return False
+    return True
+
+
+_kernel = partial(njit, nogil=True, cache=_can_keep())
 
 
 @intrinsic
-def _from_bfloat16(context, bits):
-    def generate(context, builder, signature, arguments):
-        wide = builder.shl(builder.zext(arguments[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-        return builder.bitcast(wide, ir.FloatType())
+def _read(context, bits):
+    """The float of these bits, as fp32."""
 
-    return types.float32(types.uint16), generate
+    def generate(context, builder, signature, arguments):
+        (x,) = arguments
+        if bits == types.int16:
+            return builder.fpext(builder.bitcast(x, ir.HalfType()), ir.FloatType())
+        if bits == types.uint16:
+            x = builder.shl(builder.zext(x, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(x, ir.FloatType())
+
+    return types.float32(bits), generate
 
 
 @intrinsic
-def _from_float16(context, bits):
+def _write(context, x, array):
+    """The bits of an fp32 number rounded, to nearest even, to what the array holds."""
+    target = array.dtype
+
     def generate(context, builder, signature, arguments):
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+        x, word = arguments[0], ir.IntType(32)
+        if target == types.int16:
+            return builder.bitcast(builder.fptrunc(x, ir.HalfType()), ir.IntType(16))
+        bits = builder.bitcast(x, word)
+        if target == types.uint32:
+            return bits
+        upper = builder.lshr(bits, word(16))
+        odd = builder.and_(upper, word(1))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, word(0x7FFF))), word(16))
+        is_nan = builder.fcmp_unordered("uno", x, x)
+        return builder.trunc(builder.select(is_nan, builder.or_(upper, word(0x40)), rounded), ir.IntType(16))
 
-    return types.float32(types.uint16), generate
-
-
-@intrinsic
-def _from_float32(context, bits):
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.FloatType())
-
-    return types.float32(types.uint32), generate
-
-
-@intrinsic
-def _bits(context, x):
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return types.uint32(types.float32), generate
-
-
-@njit(inline="always")
-def _to_bfloat16(x):
-    bits = _bits(x)
-    if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):  # NaN
-        return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))
-    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-
-@intrinsic
-def _to_float16(context, x):
-    def generate(context, builder, signature, arguments):
-        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
-
-    return types.uint16(types.float32), generate
+    return target(types.float32, array), generate
 
 
 @intrinsic
@@ -108,121 +110,181 @@ def _prefetch(context, array, at):
     return types.void(array, types.intp), generate
 
 
-def _make_product(read: Callable, write: Callable) -> Callable:
-    @njit(parallel=True, fastmath={"contract", "nsz"}, nogil=True)
-    def product(values, indices, weight, bias, residual, y):
-        """`y [T, N] = values @ weight[indices] + bias + residual`; an empty one of these is none.
+@_kernel(parallel=True, fastmath={"contract", "nsz"})
+def _multiply(values, indices, weight, bias, residual, y):
+    """`y [T, N] = values @ weight[indices] + bias + residual`; an empty one of these is none.
 
-        Parts of the kept rows are summed beside each other, in fp32, and then their sums, as many for any number of
-        threads. Four rows at a time are four streams from memory, and their sums are loaded and stored once. Where the
-        next four begin is asked for early; from there on the processor sees the streams by itself.
-        """
-        tokens, kept = values.shape
-        features = weight.shape[1]
-        share = ((kept + _PARTS - 1) // _PARTS + 3) // 4 * 4
-        partial = np.zeros((tokens, _PARTS, features), np.float32)
-        for work in prange(tokens * _PARTS):
-            token, part = work // _PARTS, work % _PARTS
-            value, row, sums = values[token], indices[token], partial[token, part]
-            first, end = min(part * share, kept), min((part + 1) * share, kept)
-            fours = first + (end - first) // 4 * 4
-            for k in range(first, fours, 4):
-                v0, v1, v2, v3 = read(value[k]), read(value[k + 1]), read(value[k + 2]), read(value[k + 3])
-                row_0, row_1, row_2, row_3 = weight[row[k]], weight[row[k + 1]], weight[row[k + 2]], weight[row[k + 3]]
-                for following in range(k + 4, min(k + 8, end)):
-                    next_row = weight[row[following]]
-                    for n in range(0, min(features, 4 * _LINE), _LINE):
-                        _prefetch(next_row, n)
-                for n in range(features):
-                    sums[n] += (v0 * read(row_0[n]) + v1 * read(row_1[n])) + (v2 * read(row_2[n]) + v3 * read(row_3[n]))
-            for k in range(fours, end):
-                v0, row_0 = read(value[k]), weight[row[k]]
-                for n in range(features):
-                    sums[n] += v0 * read(row_0[n])
-        for piece in prange((features + _PIECE - 1) // _PIECE):
-            start, end = piece * _PIECE, min((piece + 1) * _PIECE, features)
-            for token in range(tokens):
-                sums = partial[token, 0]
-                for part in range(1, _PARTS):
-                    for n in range(start, end):
-                        sums[n] += partial[token, part, n]
-                if bias.size:
-                    for n in range(start, end):
-                        sums[n] += read(bias[n])
-                if residual.size:
-                    for n in range(start, end):
-                        y[token, n] = write(read(residual[token, n]) + read(write(sums[n])))
-                else:
-                    for n in range(start, end):
-                        y[token, n] = write(sums[n])
-
-    return product
+    Parts of the kept rows are summed beside each other, in fp32, and then their sums, as many for any number of
+    threads. Four rows at a time are four streams from memory, and their sums are loaded and stored once. Where the
+    next four begin is asked for early; from there on the processor sees the streams by itself.
+    """
+    tokens, kept = values.shape
+    features = weight.shape[1]
+    share = ((kept + _PARTS - 1) // _PARTS + 3) // 4 * 4
+    partial_sums = np.zeros((tokens, _PARTS, features), np.float32)
+    for work in prange(tokens * _PARTS):
+        token, part = work // _PARTS, work % _PARTS
+        value, row, sums = values[token], indices[token], partial_sums[token, part]
+        first, end = min(part * share, kept), min((part + 1) * share, kept)
+        fours = first + (end - first) // 4 * 4
+        for k in range(first, fours, 4):
+            v0, v1, v2, v3 = _read(value[k]), _read(value[k + 1]), _read(value[k + 2]), _read(value[k + 3])
+            row_0, row_1, row_2, row_3 = weight[row[k]], weight[row[k + 1]], weight[row[k + 2]], weight[row[k + 3]]
+            for following in range(k + 4, min(k + 8, end)):
+                next_row = weight[row[following]]
+                for n in range(0, min(features, 4 * _LINE), _LINE):
+                    _prefetch(next_row, n)
+            for n in range(features):
+                sums[n] += (v0 * _read(row_0[n]) + v1 * _read(row_1[n])) + (v2 * _read(row_2[n]) + v3 * _read(row_3[n]))
+        for k in range(fours, end):
+            v0, row_0 = _read(value[k]), weight[row[k]]
+            for n in range(features):
+                sums[n] += v0 * _read(row_0[n])
+    for piece in prange((features + _PIECE - 1) // _PIECE):
+        start, end = piece * _PIECE, min((piece + 1) * _PIECE, features)
+        for token in range(tokens):
+            sums = partial_sums[token, 0]
+            for part in range(1, _PARTS):
+                for n in range(start, end):
+                    sums[n] += partial_sums[token, part, n]
+            if bias.size:
+                for n in range(start, end):
+                    sums[n] += _read(bias[n])
+            if residual.size:
+                for n in range(start, end):
+                    y[token, n] = _write(_read(residual[token, n]) + _read(_write(sums[n], y)), y)
+            else:
+                for n in range(start, end):
+                    y[token, n] = _write(sums[n], y)
 
 
-@njit(nogil=True)
-def _find(bits, magnitude_bits, infinity, keep, magnitudes, survives):
-    """Mark the `keep` largest of a block, lowest index first among equals."""
-    block = bits.size
-    mask = (1 << magnitude_bits) - 1
-    for i in range(block):
-        magnitudes[i] = min(np.int64(bits[i]) & mask, infinity + 1)  # NaN is largest
-    if block <= _SMALL:
-        for i in range(block):
+@_kernel(parallel=True, fastmath={"contract", "nsz", "reassoc"})
+def _attend(query, keys, values, bias, scaling, y):
+    """One token's `y [B, H, d]`, as `query`; `keys` and `values [B, H / G, L, d]`; `bias [B, L]`, or an empty one.
+
+    A thread has a key-value head, whose entries it reads once for all of the head's queries.
+    """
+    sequences, kv_heads, entries, d = keys.shape
+    group = query.shape[1] // kv_heads
+    for work in prange(sequences * kv_heads):
+        sequence, kv_head = work // kv_heads, work % kv_heads
+        first = kv_head * group
+        scaled, weights = np.empty((group, d), np.float32), np.empty((group, entries), np.float32)
+        for g in range(group):
+            for i in range(d):
+                scaled[g, i] = _read(query[sequence, first + g, i]) * scaling
+        for entry in range(entries):
+            key = keys[sequence, kv_head, entry]
+            for g in range(group):
+                score = np.float32(0)
+                for i in range(d):
+                    score += scaled[g, i] * _read(key[i])
+                weights[g, entry] = score + bias[sequence, entry] if bias.size else score
+        sums, total = np.zeros((group, d), np.float32), np.zeros(group, np.float32)
+        for g in range(group):
+            largest = weights[g].max()
+            for entry in range(entries):
+                weights[g, entry] = np.exp(weights[g, entry] - largest)
+                total[g] += weights[g, entry]
+        for entry in range(entries):
+            value = values[sequence, kv_head, entry]
+            for g in range(group):
+                for i in range(d):
+                    sums[g, i] += weights[g, entry] * _read(value[i])
+        for g in range(group):
+            for i in range(d):
+                y[sequence, first + g, i] = _write(sums[g, i] / total[g], y)
+
+
+@_kernel()
+def _count_from(magnitudes, least):
+    """How many are that large. Counts as wide as the magnitudes fill a vector register, and are added in time."""
+    integer, count = magnitudes.dtype.type, 0
+    for start in range(0, magnitudes.size, _COUNTED):
+        part, few = magnitudes[start : start + _COUNTED], integer(0)
+        for i in range(part.size):
+            few = integer(few + integer(part[i] >= least))
+        count += np.int64(few)
+    return count
+
+
+@_kernel()
+def _find_least(magnitudes, keep):
+    """From which on there are `keep`, or more if some are equal: bit by bit, or where these are few, by ranks."""
+    integer = magnitudes.dtype.type
+    least = integer(0)
+    if magnitudes.size <= _SMALL:
+        for i in range(magnitudes.size):
             before = 0
-            for j in range(block):
+            for j in range(magnitudes.size):
                 before += (magnitudes[j] > magnitudes[i]) | ((magnitudes[j] == magnitudes[i]) & (j < i))
-            survives[i] = before < keep
-        return
-    threshold, wanted, shift = np.int64(0), keep, (magnitude_bits - 1) // 8 * 8
-    histogram = np.empty(256, np.int64)
-    while shift >= 0:
-        histogram[:] = 0
-        for i in range(block):
-            if magnitudes[i] >> (shift + 8) == threshold:  # of its digits, those that are decided
-                histogram[(magnitudes[i] >> shift) & 255] += 1
-        digit = 255
-        while histogram[digit] < wanted:
-            wanted -= histogram[digit]
-            digit -= 1
-        threshold = (threshold << 8) | digit
-        shift -= 8
-    for i in range(block):
-        equal = magnitudes[i] == threshold
-        survives[i] = magnitudes[i] > threshold or (equal and wanted > 0)
-        wanted -= equal
+            if before == keep - 1:
+                least = magnitudes[i]
+        return least
+    for bit in range(8 * magnitudes.itemsize - 2, -1, -1):
+        higher = integer(least | integer(1 << bit))
+        count = _count_from(magnitudes, higher)
+        if count >= keep:
+            least = higher
+            if count == keep:
+                break
+    return least
 
 
-@njit(nogil=True)
-def _list(bits, magnitude_bits, infinity, block, keep, values, indices):
+@_kernel()
+def _mark(bits, infinity, keep, magnitudes):
+    """Fill in the magnitudes of a block, and return from which on they are those of its `keep` largest.
+
+    They are one more than they were. Of equals the first are kept; others that would be become 0.
+    """
+    integer = bits.dtype.type
+    mask, nan = integer((1 << (8 * bits.itemsize - 1)) - 1), integer(infinity + 1)  # NaN is largest
+    for i in range(bits.size):
+        magnitudes[i] = integer(min(integer(bits[i] & mask), nan) + 1)
+    least = _find_least(magnitudes, keep)
+    surplus, i = _count_from(magnitudes, least) - keep, bits.size
+    while surplus > 0:
+        i -= 1
+        if magnitudes[i] == least:
+            magnitudes[i] = 0
+            surplus -= 1
+    return least
+
+
+@_kernel()
+def _fill_lists(bits, infinity, block, keep, values, indices):
     """The survivors' bits and places `[T, K]`, by index."""
     tokens, features = bits.shape
-    magnitudes, survives = np.empty(block, np.int64), np.empty(block, np.bool_)
+    magnitudes = np.empty(block, bits.dtype)
     for token in range(tokens):
         place = 0
         for start in range(0, features, block):
-            _find(bits[token, start : start + block], magnitude_bits, infinity, keep, magnitudes, survives)
-            for i in range(block):
-                if survives[i]:
-                    values[token, place], indices[token, place] = bits[token, start + i], start + i
-                    place += 1
+            least = _mark(bits[token, start : start + block], infinity, keep, magnitudes)
+            end, i = place + keep, 0
+            while place < end:  # each is written, and the next one over it if it does not survive: nothing to predict
+                values[token, place], indices[token, place] = bits[token, start + i], start + i
+                place += np.int64(magnitudes[i] >= least)
+                i += 1
 
 
-@njit(parallel=True, nogil=True)
-def _mask(bits, magnitude_bits, infinity, keep, mask):
+@_kernel(parallel=True)
+def _fill_mask(bits, infinity, keep, mask):
     """Which survive of each block, `[blocks, M]`."""
     blocks, block = bits.shape
     for chunk in prange((blocks + _TOGETHER - 1) // _TOGETHER):
-        magnitudes = np.empty(block, np.int64)
+        magnitudes = np.empty(block, bits.dtype)
         for i in range(chunk * _TOGETHER, min((chunk + 1) * _TOGETHER, blocks)):
-            _find(bits[i], magnitude_bits, infinity, keep, magnitudes, mask[i])
+            least = _mark(bits[i], infinity, keep, magnitudes)
+            for k in range(block):
+                mask[i, k] = magnitudes[k] >= least
 
 
 _KINDS = {
-    torch.bfloat16: (torch.uint16, 15, 0x7F80, _make_product(_from_bfloat16, _to_bfloat16)),
-    torch.float16: (torch.uint16, 15, 0x7C00, _make_product(_from_float16, _to_float16)),
-    torch.float32: (torch.uint32, 31, 0x7F800000, _make_product(_from_float32, _bits)),
+    torch.bfloat16: (torch.uint16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.uint32, 0x7F800000),
 }
-"""By dtype: the integer of the same bits, how many are the magnitude, infinity, and the product."""
+"""By dtype: the integer that stands for it, and infinity's bits."""
 
 
 class _Threads:
@@ -284,32 +346,30 @@ def _nothing(integer: torch.dtype, ndim: int) -> np.ndarray:
     return torch.empty((0,) * ndim, dtype=integer, device="cpu").numpy()
 
 
-@torch.library.custom_op(f"{NAMESPACE}::mask_by_digits", mutates_args=())
-def mask_by_digits(x: Tensor, kept: int) -> Tensor:
+@torch.library.custom_op(f"{NAMESPACE}::mask_by_counts", mutates_args=())
+def mask_by_counts(x: Tensor, kept: int) -> Tensor:
     """Which of the last dimension survive the top-K, of the shape of `x [..., M]`."""
-    _, magnitude_bits, infinity, _ = _KINDS[x.dtype]
     mask = x.new_empty(x.shape, dtype=torch.bool)
     if x.numel():
         with _threads(8 * x.numel()):
             bits = _bits_of(x).reshape(-1, x.shape[-1])
-            _mask(bits, magnitude_bits, infinity, kept, mask.numpy().reshape(bits.shape))
+            _fill_mask(bits, _KINDS[x.dtype][1], kept, mask.numpy().reshape(bits.shape))
     return mask
 
 
-@mask_by_digits.register_fake
+@mask_by_counts.register_fake
 def _(x, kept):
     return x.new_empty(x.shape, dtype=torch.bool)
 
 
-def survivors_by_digits(x: Tensor, kept: int, block_size: int | None) -> tuple[Tensor, Tensor]:
+def survivors_by_counts(x: Tensor, kept: int, block_size: int | None) -> tuple[Tensor, Tensor]:
     """Values and indices `[..., K]` of the top-K of `x [..., D]`."""
-    _, magnitude_bits, infinity, _ = _KINDS[x.dtype]
     block = block_size or x.shape[-1]
     shape = *x.shape[:-1], kept * (x.shape[-1] // block)
     values, indices = x.new_empty(shape), x.new_empty(shape, dtype=torch.int32)
     if x.numel():
         lists = _bits_of(values).reshape(-1, shape[-1]), indices.numpy().reshape(-1, shape[-1])
-        _list(_bits_of(x).reshape(-1, x.shape[-1]), magnitude_bits, infinity, block, kept, *lists)
+        _fill_lists(_bits_of(x).reshape(-1, x.shape[-1]), _KINDS[x.dtype][1], block, kept, *lists)
     return values, indices
 
 
@@ -322,7 +382,7 @@ class Product:
     def product(
         self, values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
-        integer, _, _, product = _KINDS[weight.dtype]
+        integer, _ = _KINDS[weight.dtype]
         tokens, kept, features = math.prod(values.shape[:-1]), values.shape[-1], weight.shape[1]
         y = values.new_empty(*values.shape[:-1], features)
 
@@ -332,5 +392,32 @@ class Product:
         lists = bits(values, tokens, kept), indices.contiguous().numpy().reshape(tokens, kept)
         added = bits(bias, features), bits(residual, tokens, features)
         with _threads(tokens * kept * features):
-            product(*lists, bits(weight, *weight.shape), *added, bits(y, tokens, features))
+            _multiply(*lists, bits(weight, *weight.shape), *added, bits(y, tokens, features))
         return y
+
+
+def decode_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """One token's attention over the entries of a cache, its own among them; `[B, 1, H, d]`.
+
+    Args:
+        query: `[B, H, 1, d]`; bf16, fp16 or fp32, as `keys` and `values`.
+        keys: `[B, H / G, L, d]`, as `values`.
+        mask: `[B or 1, 1, 1, L]`, bool, which entries count, or floats that are added to the scores; None for all.
+    """
+    sequences, heads, _, d = query.shape
+    y = query.new_empty(sequences, 1, heads, d)
+    bias = np.empty((0, 0), np.float32)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+        bias = mask.float().expand(sequences, -1, -1, -1)[:, 0, 0].contiguous().numpy()
+    with _threads(2 * heads * sequences * keys.shape[2] * d):
+        _attend(
+            _bits_of(query).reshape(sequences, heads, d),
+            _bits_of(keys),
+            _bits_of(values),
+            bias,
+            np.float32(scaling),
+            _bits_of(y).reshape(sequences, heads, d),
+        )
+    return y

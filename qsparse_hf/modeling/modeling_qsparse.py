@@ -25,10 +25,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
+from .backend import is_numba_available, runs
 from .configuration_qsparse import PROJECTION_GROUPS, QSparseConfigMixin
 from .decode_graph import DecodeGraph, Decoding, fits, has_graphs
 from .sparse_linear import InputMajorLinear, few_tokens, lay_out, project, put_back
-from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify, Survivors
+from .sparsify import SURVIVORS, GLUSparsify, RMSNormSparsify, Sparsify, Survivors
+
+if is_numba_available():
+    from .decode_numba import decode_attention
 
 
 class _Call(threading.local):
@@ -102,20 +106,34 @@ class QSparseAttention:
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        if self._attends_for_one(query, attention_mask):
+            output, weights = decode_attention(query, key, value, attention_mask, self.scaling), None
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            output, weights = attend(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=self.attention_dropout if self.training else 0.0,
+                scaling=self.scaling,
+                sliding_window=self.sliding_window,
+                **kwargs,
+            )
         output = output.reshape(*token_shape, -1).contiguous()
         return project(self.o_sparsify(output), self.o_proj, residual=residual)[0], weights
+
+    def _attends_for_one(self, query: Tensor, mask: Tensor | None) -> bool:
+        """Whether a prepared model decodes one token a sequence where PyTorch's attention is slow: on a CPU."""
+        return (
+            self.o_sparsify.few > 0
+            and query.shape[2] == 1
+            and not (torch.is_grad_enabled() or self.training or torch.is_autocast_enabled(query.device.type))
+            and self.config._attn_implementation == "sdpa"
+            and (mask is None or mask.shape[1] == 1)
+            and runs("numba", SURVIVORS, [query])
+        )
 
 
 class QSparseMLP:

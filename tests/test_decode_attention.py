@@ -1,0 +1,89 @@
+"""A decode step's attention on a CPU: values, and who goes through it."""
+
+import pytest
+import torch
+from conftest import assert_close, make, run_python, sparse_config
+
+from qsparse_hf.modeling import modeling_qsparse
+
+numba = pytest.importorskip("qsparse_hf.modeling.decode_numba", exc_type=ImportError)
+
+MASKS = {
+    "none": lambda sequences, entries: None,
+    "bool": lambda sequences, entries: torch.arange(entries).expand(sequences, 1, 1, -1) >= entries // 3,
+    "float": lambda sequences, entries: torch.linspace(-2, 0, entries).expand(sequences, 1, 1, -1),
+    "one for all": lambda sequences, entries: torch.arange(entries).expand(1, 1, 1, -1) % 2 == 0,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("sequences", "heads", "kv_heads", "entries", "d"), [(1, 4, 4, 1, 16), (2, 6, 2, 37, 24), (1, 8, 1, 300, 128)]
+)
+def test_is_the_softmax_it_stands_for(sequences, heads, kv_heads, entries, d, dtype, mask):
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (
+        torch.randn(sequences, *shape, d, generator=generator).to(dtype)
+        for shape in ((heads, 1), (kv_heads, entries), (kv_heads, entries))
+    )
+    mask = MASKS[mask](sequences, entries)
+    many = [each.double().repeat_interleave(heads // kv_heads, dim=1) for each in (keys, values)]
+    scores = query.double() @ many[0].mT * 0.3
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    expected = (scores.softmax(-1) @ many[1]).transpose(1, 2)
+    assert_close(numba.decode_attention(query, keys, values, mask, 0.3), expected.to(dtype))
+
+
+def test_an_entry_that_does_not_count_may_be_anything():
+    query, keys, values = (torch.randn(1, 2, length, 8) for length in (1, 5, 5))
+    mask = torch.tensor([True, True, False, True, True]).view(1, 1, 1, 5)
+    expected = numba.decode_attention(query, keys, values, mask, 1.0)
+    keys[:, :, 2] = 1e30
+    assert torch.equal(numba.decode_attention(query, keys, values, mask, 1.0), expected)
+
+
+@pytest.fixture
+def attended(monkeypatch) -> list[tuple[int, ...]]:
+    """The shapes of the caches that were attended to, in a list that grows."""
+    shapes = []
+
+    def spied(query, keys, *rest):
+        shapes.append(tuple(keys.shape))
+        return numba.decode_attention(query, keys, *rest)
+
+    monkeypatch.setattr(modeling_qsparse, "decode_attention", spied)
+    return shapes
+
+
+def test_prepared_models_decode_with_it(family, tokens, attended):
+    """Padded, within and beyond the families' windows; the prompt is read by PyTorch's."""
+    model = make(sparse_config(family))
+    call = {"inputs": tokens[:, :6], "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])}
+    call |= {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(**call)
+    assert attended == []
+    assert torch.equal(model.prepare_for_decode().generate(**call), expected)
+    assert len(attended) == 7 * 2
+    attended.clear()
+    model.set_attn_implementation("eager")
+    assert torch.equal(model.generate(**call), expected)
+    assert attended == []
+
+
+def test_what_was_compiled_is_kept_for_the_next_process(tmp_path):
+    code = """
+import torch
+from qsparse_hf.modeling import decode_numba as numba
+x = torch.randn(1, 1, 8)
+numba.survivors_by_counts(x, 4, None)
+print(sum(numba._fill_lists.stats.cache_hits.values()))
+"""
+    hits = [run_python(code, NUMBA_CACHE_DIR=str(tmp_path)).stdout.split()[-1] for _ in range(2)]
+    assert hits == ["0", "1"]
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_again():
+    code = "from qsparse_hf.modeling import decode_numba as numba; print(numba._can_keep())"
+    assert run_python(code, NUMBA_CACHE_LOCATOR_CLASSES="ZipLocator").stdout.split()[-1] == "False"
