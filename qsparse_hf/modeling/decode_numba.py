@@ -196,6 +196,19 @@ def _attend(query, keys, values, bias, scaling, y):
                 y[sequence, first + g, i] = _write(sums[g, i] / total[g], y)
 
 
+@_kernel(fastmath={"contract", "nsz", "reassoc"})
+def _normalise(x, gain, eps, y):
+    """The root-mean-square norm of each row of `x [T, D]`, rounded where Transformers' Llama rounds."""
+    tokens, features = x.shape
+    for token in range(tokens):
+        squares = np.float32(0)
+        for i in range(features):
+            squares += _read(x[token, i]) ** 2
+        scale = np.float32(1) / np.sqrt(squares / np.float32(features) + eps)
+        for i in range(features):
+            y[token, i] = _write(_read(gain[i]) * _read(_write(_read(x[token, i]) * scale, y)), y)
+
+
 @_kernel()
 def _count_from(magnitudes, least):
     """How many are that large. Counts as wide as the magnitudes fill a vector register, and are added in time."""
@@ -360,6 +373,14 @@ def mask_by_counts(x: Tensor, kept: int) -> Tensor:
 @mask_by_counts.register_fake
 def _(x, kept):
     return x.new_empty(x.shape, dtype=torch.bool)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As that of `sparsify.py`, for a few tokens `[..., D]` and a `weight [D]` of their dtype."""
+    y = x.new_empty(x.shape)
+    rows = -1, x.shape[-1]
+    _normalise(_bits_of(x).reshape(rows), _bits_of(weight), np.float32(eps), _bits_of(y).reshape(rows))
+    return y
 
 
 def survivors_by_counts(x: Tensor, kept: int, block_size: int | None) -> tuple[Tensor, Tensor]:

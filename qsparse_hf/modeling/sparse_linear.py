@@ -234,6 +234,7 @@ def project(x: Tensor | Survivors, *linears: nn.Linear, residual: Tensor | None 
         if not torch.compiler.is_compiling() and not linears[0].rows.are_those_of(linears):
             lay_out(*linears)
         rows = linears[0].rows
-        return sparse_linear(x, rows.weight, rows.bias, residual).split(rows.sizes, dim=-1)
+        y = sparse_linear(x, rows.weight, rows.bias, residual)
+        return (y,) if len(linears) == 1 else y.split(rows.sizes, dim=-1)
     outputs = tuple(linear(x) for linear in linears)
     return outputs if residual is None else tuple(residual + output for output in outputs)

@@ -26,6 +26,7 @@ from .sparsity import check_block_size, check_rescale, check_sparsity, kept_feat
 
 if is_numba_available():
     from .decode_numba import mask_by_counts, refuses_compiling, refuses_numba, survivors_by_counts
+    from .decode_numba import rms_norm as rms_norm_of_few
 if is_triton_available():
     from .sparsify_ops import Kernels
 
@@ -154,14 +155,27 @@ class Composed:
 
 
 class Selected:
-    """Survivors alone, around a way to select them: `select(x, kept, block_size)`, values and indices."""
+    """Survivors alone, around a way to select them: `select(x, kept, block_size)`, values and indices.
 
-    def __init__(self, select: Callable[..., tuple[Tensor, Tensor]], refuses: Callable | None = None) -> None:
+    And around a norm of its own, for inputs of one dtype.
+    """
+
+    def __init__(
+        self,
+        select: Callable[..., tuple[Tensor, Tensor]],
+        refuses: Callable | None = None,
+        norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm,
+    ) -> None:
         self.select = select
         self.refuses = refuses or (lambda tensors, asked: None)
+        self.norm = norm
 
     def survivors(self, form: str, inputs: tuple, kept: int, block_size: int | None, rescale: bool) -> tuple:
-        x = {"topk": lambda x: x, "rms_norm_topk": rms_norm, "glu_topk": gated}[form](*inputs)
+        if form == "rms_norm_topk":
+            x, weight, _ = inputs
+            x = (self.norm if x.dtype == weight.dtype else rms_norm)(*inputs)
+        else:
+            x = gated(*inputs) if form == "glu_topk" else inputs[0]
         values, indices = self.select(x, kept, block_size)
         return _divide_by_l2_norm(values) if rescale else values, indices
 
@@ -186,7 +200,7 @@ bool mask of what survives, and with the straight-through estimator `topk(x, kep
 
 SURVIVORS = {
     "triton": IMPLS["triton"],
-    "numba": Selected(survivors_by_counts, refuses_compiling) if is_numba_available() else _NO_NUMBA,
+    "numba": Selected(survivors_by_counts, refuses_compiling, rms_norm_of_few) if is_numba_available() else _NO_NUMBA,
     "torch": Selected(partial(_survivors_of, IMPLS["torch"])),
     "reference": Selected(partial(_survivors_of, IMPLS["reference"])),
 }
