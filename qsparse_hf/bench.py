@@ -76,13 +76,14 @@ def _configs(name: str) -> tuple[PreTrainedConfig, PreTrainedConfig]:
         model_type, fields = SHAPES[name]
         fields = fields | {"max_position_embeddings": 8192}
     else:
-        with user_errors(name):
+        with user_errors(f"{name} (none of {', '.join(SHAPES)})"):
             fields = AutoConfig.from_pretrained(name).to_dict()
         model_type = fields.pop("model_type").removeprefix("qsparse_")
         if model_type not in FAMILIES:
             raise UserError(f"{name}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
         for key in ("architectures", "transformers_version", "auto_map"):
             fields.pop(key, None)
+        fields["use_cache"] = True  # training turns it off, and that is saved
     dense = {key: value for key, value in fields.items() if not key.startswith("sparsity")}
     return AutoConfig.for_model(model_type, **dense), FAMILIES[model_type](**fields)
 
@@ -318,7 +319,7 @@ def bench_decode(
             raise UserError(f"{name} must be at least {smallest}, got {value}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda' is asked for, and there is none; 'cpu' is measured too")
-    if output and not Path(output).absolute().parent.is_dir():
+    if output and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
         raise UserError(f"output must be a file in a folder that exists, got {output}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     configs = {name: _configs(name) for name in models}
@@ -354,9 +355,13 @@ def bench_decode(
                 yield [name, row["group"], "{} x {}".format(*row["shape"]), row["sparsity"], *dense, *sparse, *ratios]
 
     with _threads(threads):
-        print("ms a token: `generate` end to end; the step alone, without the host's work; energy of a step")
-        heading = ["model", "batch", "prompt", "S", "dense", "sparse", "faster", "step: dense", "sparse", "faster"]
-        print_table([*heading, "mJ: dense", "sparse"], decoded())
+        heading = ["model", "batch", "prompt", "S", "dense", "sparse", "faster"]
+        if place.type == "cuda":
+            print("ms a token: `generate` end to end; the step alone, without the host's work; energy of a step")
+            heading += ["step: dense", "sparse", "faster", "mJ: dense", "sparse"]
+        else:
+            print("ms a token: `generate` end to end, behind the prompt")
+        print_table(heading, decoded())
         print("\nproducts of one token, us, and the share of a copy's bandwidth at which they read what they need")
         heading = ["model", "group", "in x out", "S", "dense", "share", "sparse", "share", "faster", "selection"]
         print_table(heading, multiplied())
@@ -369,7 +374,5 @@ def _summary(row: dict) -> list[str]:
         if kind in row:
             dense, sparse = (statistics.median(row[kind][name]) for name in ("dense", "sparse"))
             cells += [f"{dense / 1000:.2f}", f"{sparse / 1000:.2f}", f"{dense / sparse:.2f}"]
-        else:
-            cells += ["", "", ""]
-    energy = row.get("millijoules", {})
-    return cells + [f"{energy[name]:.0f}" if energy.get(name) else "" for name in ("dense", "sparse")]
+    energy = row.get("millijoules", {}).values()
+    return cells + [f"{each:.0f}" if each else "" for each in energy]

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import is_triton_available
 
+from .modeling.backend import is_numba_available
 from .modeling.sparsity import check_sparsity
 
 
@@ -96,9 +97,11 @@ def write_json(path: Path, results: object) -> None:
     """The results and what they were measured on."""
     machine = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": version("triton") if is_triton_available() else None,
+        "numba": version("numba") if is_numba_available() else None,
         "python": platform.python_version(),
     }
     path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))

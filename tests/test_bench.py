@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import dense_config, run_qsparse, sparse_config
 
-from qsparse_hf.bench import bench_decode
+from qsparse_hf.bench import _configs, bench_decode
 from qsparse_hf.errors import UserError
 
 
@@ -20,6 +20,8 @@ def test_a_table_of_models_and_one_of_products(tmp_path):
     written = json.loads((tmp_path / "decode.json").read_text())
     assert written["machine"]["gpu"] is None
     assert written["machine"]["threads"] == 1
+    assert written["machine"]["numba"]
+    assert "step" not in run.stdout  # alone, it is measured on a GPU
     generate, *_, product = written["results"]
     assert generate["sparsity"] == 0.5
     assert len(generate["generate"]["dense"]) == len(generate["generate"]["sparse"]) == 2
@@ -30,23 +32,25 @@ def test_a_table_of_models_and_one_of_products(tmp_path):
 
 
 def test_a_sparse_config_is_taken_too(tmp_path, capsys):
-    sparse_config("llama").save_pretrained(tmp_path)
+    sparse_config("llama", use_cache=False).save_pretrained(tmp_path)  # as training leaves it
     settings = {"sparsities": [0.5], "device": "cpu", "dtype": "float32", "new_tokens": 8, "rounds": 1}
     assert bench_decode([str(tmp_path)], **settings)[0]["dtype"] == "float32"
     assert "| batch |" in capsys.readouterr().out
+    assert _configs(str(tmp_path))[0].use_cache
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"sparsities": [1.0]}, "sparsity must be a number with 0 <= sparsity < 1"),
-        ({"models": ["nowhere/at-all"]}, "nowhere/at-all"),
+        ({"models": ["nowhere/at-all"]}, "nowhere/at-all .none of llama-2-7b, .*70b-slice.: is no file or folder"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"batches": [0]}, "batch must be at least 1, got 0"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"new_tokens": 4}, "new_tokens must be at least 8, got 4"),
         ({"threads": 0}, "threads must be at least 1, got 0"),
         ({"output": "/nowhere/decode.json"}, "output must be a file in a folder that exists, got /nowhere/decode.json"),
+        ({"output": "/"}, "output must be a file in a folder that exists, got /"),
         ({"prompts": [-1]}, "prompt must be at least 1, got -1"),
     ],
 )
