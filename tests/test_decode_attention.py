@@ -3,6 +3,9 @@
 import pytest
 import torch
 from conftest import assert_close, make, run_python, sparse_config
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qsparse_hf.modeling import modeling_qsparse
 
@@ -12,6 +15,7 @@ MASKS = {
     "none": lambda sequences, entries: None,
     "bool": lambda sequences, entries: torch.arange(entries).expand(sequences, 1, 1, -1) >= entries // 3,
     "float": lambda sequences, entries: torch.linspace(-2, 0, entries).expand(sequences, 1, 1, -1),
+    "one wide": lambda sequences, entries: torch.full((1, 1, 1, 1), -1.0),
     "one for all": lambda sequences, entries: torch.arange(entries).expand(1, 1, 1, -1) % 2 == 0,
 }
 
@@ -42,6 +46,43 @@ def test_an_entry_that_does_not_count_may_be_anything():
     expected = numba.decode_attention(query, keys, values, mask, 1.0)
     keys[:, :, 2] = 1e30
     assert torch.equal(numba.decode_attention(query, keys, values, mask, 1.0), expected)
+
+
+def test_where_no_entry_counts_there_are_zeros():
+    query, keys, values = (torch.randn(2, 2, length, 8) for length in (1, 5, 5))
+    mask = torch.tensor([False, True]).view(2, 1, 1, 1).expand(2, 1, 1, 5)
+    y = numba.decode_attention(query, keys, values, mask, 1.0)
+    assert torch.equal(y[0], torch.zeros(1, 2, 8))
+    assert torch.isfinite(y[1]).all()
+
+
+def test_a_paged_cache_is_left_to_transformers(tokens, attended):
+    """Continuous batching passes it beside what all attention functions are given, and they fill it."""
+
+    class Paged(PagedAttentionCache):
+        def __init__(self):
+            self.filled = 0
+
+        def update(self, key_states, value_states, *rest, **more):
+            self.filled += 1
+            return key_states, value_states
+
+    model, paged = make(sparse_config("llama")).prepare_for_decode(), Paged()
+    with torch.no_grad():
+        model(tokens[:1, :1], cache=paged, use_cache=False)
+    assert paged.filled == 2
+    assert attended == []
+
+
+def test_who_replaced_the_attention_is_asked(tokens, attended, monkeypatch):
+    asked = []
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *rest, **more: asked.append(1) or sdpa_attention_forward(*rest, **more)
+    )
+    model = make(sparse_config("llama")).prepare_for_decode()
+    model.generate(tokens[:1, :6], max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert len(asked) == 4 * 2
+    assert attended == []
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -106,7 +107,7 @@ class QSparseAttention:
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        if self._attends_for_one(query, attention_mask):
+        if self._attends_for_one(query, attention_mask, kwargs):
             output, weights = decode_attention(query, key, value, attention_mask, self.scaling), None
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -124,10 +125,17 @@ class QSparseAttention:
         output = output.reshape(*token_shape, -1).contiguous()
         return project(self.o_sparsify(output), self.o_proj, residual=residual)[0], weights
 
-    def _attends_for_one(self, query: Tensor, mask: Tensor | None) -> bool:
-        """Whether a prepared model decodes one token a sequence where PyTorch's attention is slow: on a CPU."""
+    def _attends_for_one(self, query: Tensor, mask: Tensor | None, more: dict) -> bool:
+        """Whether a prepared model decodes one token a sequence where Transformers' attention is slow: on a CPU.
+
+        With `more` than that to attend to, as the paged cache of continuous batching, and where somebody put another
+        function in the place of that one, it is left to it.
+        """
         return (
             self.o_sparsify.few > 0
+            and more.get("cache") is None
+            and more.get("position_bias") is None
+            and ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None) is sdpa_attention_forward
             and query.shape[2] == 1
             and not (torch.is_grad_enabled() or self.training or torch.is_autocast_enabled(query.device.type))
             and self.config._attn_implementation == "sdpa"

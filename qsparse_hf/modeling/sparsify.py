@@ -94,7 +94,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, mask: Tensor) -> Tensor:
         if x.device.type == "cpu" and not torch.compiler.is_compiling():  # where `where` branches, ten times slower
-            return (x.view(_BITS[x.dtype][0]) * mask).view(x.dtype)
+            return (mask * x.view(_BITS[x.dtype][0])).view(x.dtype)  # with the mask's strides, as `where` has them
         return torch.where(mask, x, 0)
 
     @staticmethod
