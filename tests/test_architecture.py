@@ -21,7 +21,7 @@ LAYERS = [
         "modeling.decode_attention_triton",
     },
     {"modeling.sparsify", "modeling.sparse_linear_triton"},
-    {"modeling.sparse_linear", "modeling.decode_graph"},
+    {"modeling.sparse_linear", "modeling.decode_graph", "modeling.decode_attention"},
     {"modeling.modeling_qsparse"},
     {f"modeling.{path.stem}" for path in FAMILY_FILES},
     {"__init__"},

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from conftest import assert_close, make, run_python, sparse_config
+from conftest import assert_close, make, sparse_config
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qsparse_hf.modeling import modeling_qsparse
+from qsparse_hf.modeling.decode_attention import attend
 
-numba = pytest.importorskip("qsparse_hf.modeling.decode_numba", exc_type=ImportError)
+pytest.importorskip("numba", reason="heads with keys of their own attend by its kernel")
 
 MASKS = {
     "none": lambda sequences, entries: None,
@@ -37,21 +38,21 @@ def test_is_the_softmax_it_stands_for(sequences, heads, kv_heads, entries, d, dt
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     expected = (scores.softmax(-1) @ many[1]).transpose(1, 2)
-    assert_close(numba.decode_attention(query, keys, values, mask, 0.3), expected.to(dtype))
+    assert_close(attend(query, keys, values, mask, 0.3), expected.to(dtype))
 
 
 def test_an_entry_that_does_not_count_may_be_anything():
     query, keys, values = (torch.randn(1, 2, length, 8) for length in (1, 5, 5))
     mask = torch.tensor([True, True, False, True, True]).view(1, 1, 1, 5)
-    expected = numba.decode_attention(query, keys, values, mask, 1.0)
+    expected = attend(query, keys, values, mask, 1.0)
     keys[:, :, 2] = 1e30
-    assert torch.equal(numba.decode_attention(query, keys, values, mask, 1.0), expected)
+    assert torch.equal(attend(query, keys, values, mask, 1.0), expected)
 
 
 def test_where_no_entry_counts_there_are_zeros():
     query, keys, values = (torch.randn(2, 2, length, 8) for length in (1, 5, 5))
     mask = torch.tensor([False, True]).view(2, 1, 1, 1).expand(2, 1, 1, 5)
-    y = numba.decode_attention(query, keys, values, mask, 1.0)
+    y = attend(query, keys, values, mask, 1.0)
     assert torch.equal(y[0], torch.zeros(1, 2, 8))
     assert torch.isfinite(y[1]).all()
 
@@ -92,15 +93,16 @@ def attended(monkeypatch) -> list[tuple[int, ...]]:
 
     def spied(query, keys, *rest):
         shapes.append(tuple(keys.shape))
-        return numba.decode_attention(query, keys, *rest)
+        return attend(query, keys, *rest)
 
-    monkeypatch.setattr(modeling_qsparse, "decode_attention", spied)
+    monkeypatch.setattr(modeling_qsparse, "attend", spied)
     return shapes
 
 
-def test_prepared_models_decode_with_it(family, tokens, attended):
+@pytest.mark.parametrize("fields", [{}, {"sparsity_per_projection": {"o": 0}}], ids=str)
+def test_prepared_models_decode_with_it(family, fields, tokens, attended):
     """Padded, within and beyond the families' windows; the prompt is read by PyTorch's."""
-    model = make(sparse_config(family))
+    model = make(sparse_config(family, **fields))
     call = {"inputs": tokens[:, :6], "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])}
     call |= {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = model.generate(**call)
@@ -111,20 +113,3 @@ def test_prepared_models_decode_with_it(family, tokens, attended):
     model.set_attn_implementation("eager")
     assert torch.equal(model.generate(**call), expected)
     assert attended == []
-
-
-def test_what_was_compiled_is_kept_for_the_next_process(tmp_path):
-    code = """
-import torch
-from qsparse_hf.modeling import decode_numba as numba
-x = torch.randn(1, 1, 8)
-numba.survivors_by_counts(x, 4, None)
-print(sum(numba._fill_lists.stats.cache_hits.values()))
-"""
-    hits = [run_python(code, NUMBA_CACHE_DIR=str(tmp_path)).stdout.split()[-1] for _ in range(2)]
-    assert hits == ["0", "1"]
-
-
-def test_where_nothing_can_be_kept_it_is_compiled_again():
-    code = "from qsparse_hf.modeling import decode_numba as numba; print(numba._can_keep())"
-    assert run_python(code, NUMBA_CACHE_LOCATOR_CLASSES="ZipLocator").stdout.split()[-1] == "False"

@@ -1,8 +1,8 @@
 """Selections and what a decode step needs on a CPU, compiled by Numba.
 
 The product reads the kept rows as fast as memory gives them; the selection finds the K-th magnitude bit by bit,
-counting as many at once as a register holds; the attention reads the cache once. PyTorch's own operators do all that
-too, with fifty microseconds of their own each time, and attention without groups, in bf16, eight times more slowly.
+counting as many at once as a register holds; norm and attention read what they need once. PyTorch's own operators do
+all that too, with some fifty microseconds of their own each time.
 
 Floats come as integers of the same bits, which tell the dtype too, as Numba knows no bfloat16: `uint16` for bf16,
 `int16` for fp16, `uint32` for fp32. T tokens, D features in, K of them kept, N features out.
@@ -11,12 +11,11 @@ Floats come as integers of the same bits, which tell the dtype too, as Numba kno
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import NAMESPACE
@@ -27,6 +26,7 @@ try:
     from llvmlite import ir
     from numba import njit, prange, types
     from numba.core import cgutils
+    from numba.core.caching import FunctionCache
     from numba.extending import intrinsic
 except ImportError as error:
     raise ImportError("these kernels need the package numba") from error
@@ -47,16 +47,28 @@ _COUNTED = 1 << 14
 """Magnitudes whose number 15 bits can hold."""
 
 
-def _can_keep() -> bool:
-    """Whether what was compiled can be kept for the next process, beside this file or with the user's caches."""
-    try:
-        njit(cache=True)(_can_keep)
-    except RuntimeError:  # no place to write to
-        return False
-    return True
+class _Kept(FunctionCache):
+    """Files with what was compiled, for later processes. What they do not take or give is compiled again."""
+
+    def load_overload(self, sig: tuple, target_context: object) -> object:
+        found = super().load_overload(sig, target_context)
+        # Processes that compile for two dtypes at once may give their files one name.
+        return found if found is None or found.signature.args == tuple(sig) else None
+
+    @contextmanager
+    def _guard_against_spurious_io_errors(self) -> Iterator[None]:
+        with suppress(Exception):  # a full disk, a file that was cut off, and what unpickling such a file raises
+            yield
 
 
-_kernel = partial(njit, nogil=True, error_model="numpy", cache=_can_keep())
+def _kernel(**options) -> Callable[[Callable], Callable]:
+    def compiled(function: Callable) -> Callable:
+        kernel = njit(nogil=True, error_model="numpy", **options)(function)
+        with suppress(RuntimeError):  # no place to write to, beside this file or with the user's caches
+            kernel._cache = _Kept(function)
+        return kernel
+
+    return compiled
 
 
 @intrinsic
@@ -219,9 +231,9 @@ def _count_from(magnitudes, least):
 
 @_kernel()
 def _find_least(magnitudes, keep):
-    """From which on there are `keep`, or more if some are equal: bit by bit, or where these are few, by ranks."""
+    """From which on there are `keep`, or more if some are equal, and how many: bit by bit, or by ranks if few."""
     integer = magnitudes.dtype.type
-    least = integer(0)
+    least, found = integer(0), magnitudes.size
     if magnitudes.size <= _SMALL:
         for i in range(magnitudes.size):
             before = 0
@@ -229,34 +241,34 @@ def _find_least(magnitudes, keep):
                 before += (magnitudes[j] > magnitudes[i]) | ((magnitudes[j] == magnitudes[i]) & (j < i))
             if before == keep - 1:
                 least = magnitudes[i]
-        return least
+        return least, _count_from(magnitudes, least)
     for bit in range(8 * magnitudes.itemsize - 2, -1, -1):
         higher = integer(least | integer(1 << bit))
         count = _count_from(magnitudes, higher)
         if count >= keep:
-            least = higher
+            least, found = higher, count
             if count == keep:
                 break
-    return least
+    return least, found
 
 
 @_kernel()
 def _mark(bits, infinity, keep, magnitudes):
     """Fill in the magnitudes of a block, and return from which on they are those of its `keep` largest.
 
-    They are one more than they were. Of equals the first are kept; others that would be become 0.
+    One is added to each, so that 0 says of those that equal the last to be kept, and come after it, that they go.
     """
     integer = bits.dtype.type
     mask, nan = integer((1 << (8 * bits.itemsize - 1)) - 1), integer(infinity + 1)  # NaN is largest
     for i in range(bits.size):
         magnitudes[i] = integer(min(integer(bits[i] & mask), nan) + 1)
-    least = _find_least(magnitudes, keep)
-    surplus, i = _count_from(magnitudes, least) - keep, bits.size
-    while surplus > 0:
+    least, found = _find_least(magnitudes, keep)
+    i = bits.size
+    while found > keep:
         i -= 1
         if magnitudes[i] == least:
             magnitudes[i] = 0
-            surplus -= 1
+            found -= 1
     return least
 
 
@@ -327,6 +339,8 @@ if hasattr(os, "register_at_fork"):
 
 def refuses_numba(tensors: Sequence[Tensor], asked: bool) -> str | None:
     """Why these kernels do not run on these, or None."""
+    if numba.config.DISABLE_JIT:
+        return "NUMBA_DISABLE_JIT is set"
     if _threads.lost:
         return "its threads do not survive a fork, and this process was forked from one that had them"
     if torch.compiler.is_exporting():
@@ -413,27 +427,16 @@ class Product:
         return y
 
 
-def decode_attention(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """One token's attention over the entries of a cache, its own among them; `[B, 1, H, d]`.
-
-    Args:
-        query: `[B, H, 1, d]`; bf16, fp16 or fp32, as `keys` and `values`.
-        keys: `[B, H / G, L, d]`, as `values`.
-        mask: `[B or 1, 1, 1, L]`, bool, which entries count, or floats that are added to the scores; None for all.
-    """
+def attend_by_heads(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """`attend` of `decode_attention.py`, for as many key-value heads as there are heads."""
     sequences, heads, _, d = query.shape
-    kv_heads = keys.shape[1]
-    if heads > kv_heads:  # PyTorch's is fast where the heads of a group pass for tokens
-        packed = query.reshape(sequences, kv_heads, heads // kv_heads, d)
-        y = F.scaled_dot_product_attention(packed, keys, values, mask, scale=scaling)
-        return y.reshape(sequences, 1, heads, d)
     y = query.new_empty(sequences, 1, heads, d)
     bias = np.empty((0, 0), np.float32)
     if mask is not None:
         if mask.dtype == torch.bool:
             mask = mask.new_zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, -math.inf)
         bias = mask.float().expand(sequences, 1, 1, keys.shape[2])[:, 0, 0].contiguous().numpy()
-    with _threads(2 * heads * sequences * keys.shape[2] * d):
+    with _threads(2 * keys.numel()):
         _attend(
             _bits_of(query).reshape(sequences, heads, d),
             _bits_of(keys),

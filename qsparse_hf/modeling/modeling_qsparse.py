@@ -20,20 +20,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from .backend import is_numba_available, runs
 from .configuration_qsparse import PROJECTION_GROUPS, QSparseConfigMixin
+from .decode_attention import attend, is_slow
 from .decode_graph import DecodeGraph, Decoding, fits, has_graphs
 from .sparse_linear import InputMajorLinear, few_tokens, lay_out, project, put_back
-from .sparsify import SURVIVORS, GLUSparsify, RMSNormSparsify, Sparsify, Survivors
-
-if is_numba_available():
-    from .decode_numba import decode_attention
+from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify, Survivors
 
 
 class _Call(threading.local):
@@ -89,7 +85,7 @@ class QSparseAttention:
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values=None,
-        residual: Tensor | None = None,  # [B, T, D], is added to the output
+        residual: Tensor | None = None,  # [B, T, D], is added to the output; of a prepared layer
         decode_step: DecodeGraph | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
@@ -107,11 +103,12 @@ class QSparseAttention:
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        if self._attends_for_one(query, attention_mask, kwargs):
-            output, weights = decode_attention(query, key, value, attention_mask, self.scaling), None
+        prepared = residual is not None and not self.training
+        if prepared and is_slow(query, key, attention_mask, self.config._attn_implementation, kwargs):
+            output, weights = attend(query, key, value, attention_mask, self.scaling), None
         else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-            output, weights = attend(
+            function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            output, weights = function(
                 self,
                 query,
                 key,
@@ -124,24 +121,6 @@ class QSparseAttention:
             )
         output = output.reshape(*token_shape, -1).contiguous()
         return project(self.o_sparsify(output), self.o_proj, residual=residual)[0], weights
-
-    def _attends_for_one(self, query: Tensor, mask: Tensor | None, more: dict) -> bool:
-        """Whether a prepared model decodes one token a sequence where Transformers' attention is slow: on a CPU.
-
-        With `more` than that to attend to, as the paged cache of continuous batching, and where somebody put another
-        function in the place of that one, it is left to it.
-        """
-        return (
-            self.o_sparsify.few > 0
-            and more.get("cache") is None
-            and more.get("position_bias") is None
-            and ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None) is sdpa_attention_forward
-            and query.shape[2] == 1
-            and not (torch.is_grad_enabled() or self.training or torch.is_autocast_enabled(query.device.type))
-            and self.config._attn_implementation == "sdpa"
-            and (mask is None or mask.shape[1] == 1)
-            and runs("numba", SURVIVORS, [query])
-        )
 
 
 class QSparseMLP:

@@ -60,7 +60,11 @@ def _sum_of_bags(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     offsets = torch.arange(tokens * pieces, dtype=indices.dtype, device=indices.device) * kept
     values = values[:, None, :].expand(-1, pieces, -1).flatten()
     bags = F.embedding_bag(
-        indices, weight.view(-1, weight.shape[1] // pieces), offsets, mode="sum", per_sample_weights=values
+        indices,
+        weight.view(weight.shape[0] * pieces, weight.shape[1] // pieces),
+        offsets,
+        mode="sum",
+        per_sample_weights=values,
     )
     return bags.view(tokens, weight.shape[1])
 

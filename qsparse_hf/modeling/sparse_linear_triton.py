@@ -30,7 +30,7 @@ def _listed(values_ptr, indices_ptr, places, padded):
     return tl.load(values_ptr + places, mask=inside, other=0.0), tl.load(indices_ptr + places, mask=inside, other=0)
 
 
-@triton.jit(do_not_specialize=["K"])  # one kernel for all sparsities
+@triton.jit(do_not_specialize=["K"])  # one kernel for all sparsities that share a tile
 def sparse_linear_kernel(
     values_ptr,
     indices_ptr,
@@ -101,7 +101,7 @@ class _Tile:
 
     @classmethod
     def of(cls, kept: int, features: int, element_size: int) -> "_Tile":
-        """For that many features in and out: about as many programs as a large GPU has multiprocessors, or more.
+        """For that many features kept, and out: about as many programs as a large GPU has multiprocessors, or more.
 
         Together their loads under way have to fill the memory's pipeline; few programs with long lists load ahead.
         """

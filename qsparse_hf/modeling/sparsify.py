@@ -93,8 +93,8 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, mask: Tensor) -> Tensor:
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():  # where `where` branches, ten times slower
-            return (mask * x.view(_BITS[x.dtype][0])).view(x.dtype)  # with the mask's strides, as `where` has them
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():  # `where` branches there: ten times slower
+            return (mask * x.view(_BITS[x.dtype][0])).view(x.dtype)  # contiguous, as the mask is
         return torch.where(mask, x, 0)
 
     @staticmethod
@@ -155,9 +155,8 @@ class Composed:
 
 
 class Selected:
-    """Survivors alone, around a way to select them: `select(x, kept, block_size)`, values and indices.
-
-    And around a norm of its own, for inputs of one dtype.
+    """Survivors alone, around a way to select them, `select(x, kept, block_size)`, values and indices; and perhaps
+    around a `norm` of its own, for inputs of one dtype.
     """
 
     def __init__(
