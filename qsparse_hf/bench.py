@@ -102,12 +102,15 @@ def _set_sparsity(model: PreTrainedModel, sparsity: float) -> None:
     model.prepare_for_decode()
 
 
-def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int, cache: StaticCache | None) -> float:
-    """Microseconds a token of `generate`, behind the fourth, host and device."""
+def _generate(
+    model: PreTrainedModel, prompt: Tensor, new_tokens: int, cache: StaticCache | None
+) -> tuple[float, float]:
+    """Microseconds of `generate`, host and device: a token behind the fourth, and all of the call, prompt and all."""
     clock = _Clock()
     settled = 3
     if cache is not None:
         cache.reset()
+    start = time.perf_counter()
     model.generate(
         prompt,
         past_key_values=cache,
@@ -120,7 +123,8 @@ def _generate(model: PreTrainedModel, prompt: Tensor, new_tokens: int, cache: St
     )
     if prompt.is_cuda:
         torch.cuda.synchronize()
-    return (time.perf_counter() - clock.times[settled]) / (new_tokens - settled - 1) * 1e6
+    end = time.perf_counter()
+    return (end - clock.times[settled]) / (new_tokens - settled - 1) * 1e6, (end - start) * 1e6
 
 
 def _step(model: PreTrainedModel, cache: StaticCache, sequences: int) -> Callable[[], None]:
@@ -195,11 +199,13 @@ def _decode_rows(
         _set_sparsity(sparse, sparsity)
         _generate(sparse, prompt, 8, caches[1])
         runs = {"dense": (dense, caches[0]), "sparse": (sparse, caches[1])}
-        times: dict[str, list[float]] = {name: [] for name in runs}
+        row = {"sparsity": sparsity, "sequences": sequences, "prompt": prompt_length}
+        row |= {kind: {name: [] for name in runs} for kind in ("generate", "whole")}
         for _ in range(rounds):
             for name, (model, cache) in runs.items():
-                times[name].append(_generate(model, prompt, new_tokens, cache))
-        row = {"sparsity": sparsity, "sequences": sequences, "prompt": prompt_length, "generate": times}
+                token, whole = _generate(model, prompt, new_tokens, cache)
+                row["generate"][name].append(token)
+                row["whole"][name].append(whole)
         if on_gpu:
             steps = {"dense": dense_step, "sparse": _graph_step(caches[1])}
             row["step"] = interleaved(steps, 3 * rounds)
@@ -355,12 +361,11 @@ def bench_decode(
                 yield [name, row["group"], "{} x {}".format(*row["shape"]), row["sparsity"], *dense, *sparse, *ratios]
 
     with _threads(threads):
-        heading = ["model", "batch", "prompt", "S", "dense", "sparse", "faster"]
+        print(f"ms a token of `generate`, behind the prompt; all of it, with the prompt and {new_tokens} tokens")
+        heading = ["model", "batch", "prompt", "S", "dense", "sparse", "faster", "all: dense", "sparse", "faster"]
         if place.type == "cuda":
-            print("ms a token: `generate` end to end; the step alone, without the host's work; energy of a step")
+            print("the step alone, without the host's work; its energy")
             heading += ["step: dense", "sparse", "faster", "mJ: dense", "sparse"]
-        else:
-            print("ms a token: `generate` end to end, behind the prompt")
         print_table(heading, decoded())
         print("\nproducts of one token, us, and the share of a copy's bandwidth at which they read what they need")
         heading = ["model", "group", "in x out", "S", "dense", "share", "sparse", "share", "faster", "selection"]
@@ -370,7 +375,7 @@ def bench_decode(
 
 def _summary(row: dict) -> list[str]:
     cells = []
-    for kind in ("generate", "step"):
+    for kind in ("generate", "whole", "step"):
         if kind in row:
             dense, sparse = (statistics.median(row[kind][name]) for name in ("dense", "sparse"))
             cells += [f"{dense / 1000:.2f}", f"{sparse / 1000:.2f}", f"{dense / sparse:.2f}"]
