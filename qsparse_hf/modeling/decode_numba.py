@@ -361,7 +361,7 @@ def refuses_compiling(tensors: Sequence[Tensor], asked: bool) -> str | None:
 
 
 def _bits_of(x: Tensor) -> np.ndarray:
-    return x.detach().contiguous().view(_KINDS[x.dtype][0]).numpy()
+    return x.contiguous().view(_KINDS[x.dtype][0]).numpy()
 
 
 @cache
