@@ -33,7 +33,7 @@ from .measure import captured, interleaved, medians, print_table, write_json
 from .modeling.modeling_qsparse import projection_groups
 from .modeling.sparse_linear import sparse_linear
 from .modeling.sparsify import Sparsify, topk_sparsify
-from .modeling.sparsity import check_sparsity, kept_features
+from .modeling.sparsity import check_sparsity
 
 _LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32}
 _LLAMA_3_8B = _LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
@@ -234,7 +234,7 @@ def _product_rows(
     sparse = _random_model(config, torch.device("meta"), dtype)
     on_gpu = device.type == "cuda"
     bandwidth = _copy_bandwidth(device)
-    for (_, linears), group in zip(
+    for (sparsify, linears), group in zip(
         projection_groups(sparse.base_model.layers[0]), ("qkv", "o", "gate_up", "down"), strict=True
     ):
         features = next(iter(linears.values())).in_features
@@ -245,17 +245,24 @@ def _product_rows(
         usual = [part.t().contiguous() for weight in weights for part in weight.split(sizes, dim=1)]
         x = torch.randn(1, 1, features, device=device, dtype=dtype)
         for sparsity in sparsities:
-            kept = topk_sparsify(x, sparsity, compact=True)
+            select = partial(
+                topk_sparsify,
+                sparsity=sparsity,
+                block_size=sparsify.block_size,
+                rescale=sparsify.rescale,
+                compact=True,
+            )
+            kept = select(x)
             functions = {
                 "dense": partial(_each, partial(nn.functional.linear, x), usual),
                 "sparse": partial(_each, partial(sparse_linear, kept), weights),
-                "selection": partial(_each, partial(topk_sparsify, sparsity=sparsity, compact=True), [x] * copies),
+                "selection": partial(_each, select, [x] * copies),
             }
             if on_gpu:
                 functions = {name: captured(function, 1) for name, function in functions.items()}
             times = interleaved(functions, rounds, copies)
             median = medians(times)
-            reading = {"dense": size, "sparse": size * kept_features(features, sparsity) / features}
+            reading = {"dense": size, "sparse": size * kept.values.shape[-1] / features}
             shares = {name: count / (median[name] * 1e-6) / bandwidth for name, count in reading.items()}
             yield {
                 "group": group,
@@ -364,7 +371,7 @@ def bench_decode(
         print(f"ms a token of `generate`, behind the prompt; all of it, with the prompt and {new_tokens} tokens")
         heading = ["model", "batch", "prompt", "S", "dense", "sparse", "faster", "all: dense", "sparse", "faster"]
         if place.type == "cuda":
-            print("the step alone, without the host's work; its energy")
+            print("the step alone, without the host's work; its energy, if the package nvidia-ml-py can read it")
             heading += ["step: dense", "sparse", "faster", "mJ: dense", "sparse"]
         print_table(heading, decoded())
         print("\nproducts of one token, us, and the share of a copy's bandwidth at which they read what they need")

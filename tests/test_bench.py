@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import dense_config, run_qsparse, sparse_config
 
+from qsparse_hf import bench, topk_sparsify
 from qsparse_hf.bench import _configs, bench_decode
 from qsparse_hf.errors import UserError
 from qsparse_hf.modeling.backend import is_numba_available
@@ -34,12 +35,16 @@ def test_a_table_of_models_and_one_of_products(tmp_path):
     assert 0 < product["share_of_copy"]["sparse"] < 1
 
 
-def test_a_sparse_config_is_taken_too(tmp_path, capsys):
-    sparse_config("llama", use_cache=False).save_pretrained(tmp_path)  # as training leaves it
+def test_a_sparse_config_is_taken_too(tmp_path, capsys, monkeypatch):
+    config = sparse_config("llama", use_cache=False, sparsity_block_size=16, sparsity_rescale="l2")
+    config.save_pretrained(tmp_path)  # without a cache, as training leaves it
+    selections = []
+    monkeypatch.setattr(bench, "topk_sparsify", lambda x, **how: selections.append(how) or topk_sparsify(x, **how))
     settings = {"sparsities": [0.5], "device": "cpu", "dtype": "float32", "new_tokens": 8, "rounds": 1}
     assert bench_decode([str(tmp_path)], **settings)[0]["dtype"] == "float32"
     assert "| batch |" in capsys.readouterr().out
     assert _configs(str(tmp_path))[0].use_cache
+    assert {(how["block_size"], how["rescale"]) for how in selections} == {(16, "l2")}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     GenerationMixin,
     LogitsProcessorList,
     StaticCache,
@@ -20,7 +21,8 @@ from transformers import (
 
 from qsparse_hf import sparsity_report
 from qsparse_hf.modeling import decode_graph, modeling_qsparse, sparse_linear
-from qsparse_hf.modeling.decode_graph import DecodeGraph
+from qsparse_hf.modeling.decode_graph import DecodeGraph, obstacle
+from qsparse_hf.modeling.sparse_linear import InputMajorLinear, few_tokens
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 SETTINGS = [
@@ -101,6 +103,8 @@ def test_a_prepared_model_moves_and_is_copied(tokens, products):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.double().float()):
         assert other.is_prepared
         products.clear()
+        if other is not model:
+            assert all(linear.rows is None for linear in other.modules() if isinstance(linear, InputMajorLinear))
         assert torch.equal(other.generate(tokens[:1], **GREEDY), expected)
         assert len(products) == 15 * 8
         rows = other.model.layers[0].self_attn.q_proj.rows
@@ -123,6 +127,50 @@ def test_weights_that_change_under_a_prepared_model(family, tokens, products):
     model.model.layers[0].mlp.down_proj = nn.Sequential(model.model.layers[0].mlp.down_proj)
     with pytest.raises(RuntimeError, match=r"was replaced by a torch.*Sequential; call the model's restore\(\) first"):
         model.generate(tokens[:1], **GREEDY)
+
+
+def test_compiled_steps_read_the_weights_of_now(tokens):
+    """Rows are made anew for assigned weights, and for those of a copy, before compiled code reads them."""
+    model, other = make(sparse_config("llama")).prepare_for_decode(), make(sparse_config("llama"), seed=1)
+
+    @torch.no_grad()
+    def logits(of: nn.Module, step) -> torch.Tensor:
+        cache = of(tokens[:1, :6], use_cache=True).past_key_values
+        return step(tokens[:1, 6:7], past_key_values=cache).logits
+
+    step = torch.compile(model, backend="eager")
+    assert_close(logits(model, step), logits(model, model))
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert_close(logits(model, step), logits(other, other))
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(0.5)
+    assert_close(logits(copied, torch.compile(copied, backend="eager")), logits(copied.restore(), copied))
+
+
+def test_prepared_in_inference_mode_and_trained_afterwards(tokens):
+    model = make(sparse_config("qwen2"))
+    with torch.inference_mode():
+        model.prepare_for_decode().generate(tokens[:1], **GREEDY)
+        model.load_state_dict(model.state_dict())
+    model(tokens, labels=tokens).loss.backward()
+    with torch.inference_mode():
+        model.restore()
+    model(tokens, labels=tokens).loss.backward()
+    with torch.inference_mode():
+        unchangeable = make(sparse_config("llama"))
+    with pytest.raises(ValueError, match="q_proj of layer 0 was made in inference mode"):
+        unchangeable.prepare_for_decode()
+
+
+def test_few_tokens_are_those_of_the_sparsity_at_work():
+    model = make(sparse_config("llama", sparsity=0.75)).prepare_for_decode()
+    norm, weight = model.model.layers[0].input_layernorm, model.model.layers[0].self_attn.q_proj.weight
+    for factor in (1, 0.1):
+        model.scale_sparsity(factor)
+        assert norm.few == few_tokens(0.75 * factor, weight)
+    assert few_tokens(0.75, weight) != few_tokens(0.075, weight)
 
 
 def test_under_autocast_the_products_are_those_of_autocast(tokens, products):
@@ -151,7 +199,13 @@ def test_a_state_dict_is_an_ordinary_one(tmp_path):
     model.prepare_for_decode()
     save_file(model.state_dict(), tmp_path / "file")
     model.save_pretrained(tmp_path / "folder", state_dict=model.state_dict())
-    assert model.is_prepared
+    rows = model.model.layers[0].mlp.gate_proj.rows
+    with torch.no_grad():
+        state = model.state_dict()
+        state["model.layers.0.mlp.gate_proj.weight"].zero_()
+    assert model.model.layers[0].mlp.gate_proj.rows is rows  # a call of `generate` beside this goes on
+    assert model.model.layers[0].mlp.gate_proj.weight.any()
+    assert model.state_dict(keep_vars=True)["model.layers.0.mlp.gate_proj.weight"].requires_grad
     for saved in (load_file(tmp_path / "file"), load_file(tmp_path / "folder" / "model.safetensors")):
         assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.items())
 
@@ -215,8 +269,8 @@ def test_a_large_batch_is_decoded_densely_and_that_is_said(caplog, products, mon
         model.generate(prompt, **GREEDY)
     assert products == []
     assert [record.message for record in caplog.records if "dense" in record.message] == [
-        f"decoding {few + 1} sequences at once with dense products: at sparsity 0.5 those that skip zeros pay off for "
-        f"up to {few}"
+        f"decoding {few + 1} sequences at once with dense products: at sparsity 0.5 those that skip zeros are no "
+        f"faster beyond {few}"
     ]
 
 
@@ -318,11 +372,12 @@ def test_who_holds_a_cache_keeps_it(tokens, replays):
         "no cache": {"use_cache": False},
     }
     expected = model.generate(prompt, **SHORT)
+    of_beams = model.generate(prompt, **SHORT | {"num_beams": 3})
     model.prepare_for_decode()
     for name, way in ways.items():
         result = model.generate(prompt, **SHORT | way)
-        if name != "beams":
-            assert torch.equal(getattr(result, "sequences", result), expected), name
+        wanted = of_beams if name == "beams" else expected
+        assert torch.equal(getattr(result, "sequences", result), wanted), name
     returned = model.generate(prompt, **SHORT | ways["returned"])
     model.generate(tokens[1:, :6], **SHORT)
     goes_on = torch.cat([returned.sequences, tokens[:1, 6:9]], dim=1)
@@ -354,6 +409,51 @@ def test_a_full_cache_is_said(tokens, replays):
     cache = StaticCache(config=model.config, max_cache_len=8)
     with pytest.raises(ValueError, match="the static cache is full: it has 8 entries"):
         model.generate(tokens[:1, :6], past_key_values=cache, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda model, cache: setattr(model, "hf_device_map", {"a": 0, "b": 1}), "several devices"),
+        (lambda model, cache: model.set_attn_implementation("flex_attention"), "'flex_attention'"),
+        (lambda model, cache: setattr(model.config, "rope_parameters", {"rope_type": "longrope"}), "'longrope'"),
+        (lambda model, cache: setattr(model.config, "rope_parameters", {"rope_type": "dynamic"}), "'dynamic'"),
+        (lambda model, cache: setattr(model.model.layers[0].self_attn, "head_dim", 24), "size 24, no power of two"),
+        (lambda model, cache: setattr(cache, "offloading", True), "is offloaded"),
+        (lambda model, cache: cache.layers.append(DynamicCache(config=model.config).layers[0]), "not static"),
+    ],
+)
+def test_what_stands_in_the_way_of_a_graph_is_said(change, said, tokens, replays):
+    model = make(sparse_config("llama")).prepare_for_decode()
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    with torch.no_grad():
+        model(tokens[:1, :4], past_key_values=cache)
+    assert obstacle(model, cache) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert obstacle(model, cache) == "autocast is on"
+    change(model, cache)
+    assert said in obstacle(model, cache)
+    assert not decode_graph.fits(model, cache, 1)
+
+
+def test_a_step_without_a_graph_is_said(tokens, replays, caplog, monkeypatch):
+    monkeypatch.setattr("qsparse_hf.modeling.backend._said", set())
+    model = make(sparse_config("llama", head_dim=24)).prepare_for_decode()
+    with caplog.at_level(logging.INFO, "qsparse_hf"):
+        model.generate(tokens[:1, :4], **SHORT)
+    assert replays == []
+    assert "heads are of size 24, no power of two" in caplog.text
+
+
+def test_restored_within_generate(tokens, replays):
+    model = make(sparse_config("llama")).prepare_for_decode()
+
+    def within(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        model.restore()
+        return scores
+
+    model.generate(tokens[:1, :6], logits_processor=LogitsProcessorList([within]), **SHORT)
+    assert model._spare_cache is None
 
 
 @pytest.mark.parametrize("padding", [0, 3])

@@ -5,6 +5,7 @@ a step into a graph too (and Transformers' `generate` asks for that), after half
 captured from the prepared model as it is.
 """
 
+import logging
 from collections.abc import Callable
 from weakref import ref
 
@@ -14,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, Static
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from transformers.utils import is_triton_available
 
-from .backend import runs
+from .backend import runs, say_once
 from .sparsify import SURVIVORS, Sparsify
 
 if is_triton_available():
@@ -32,23 +33,33 @@ def has_graphs(device: torch.device) -> bool:
     return device.type == "cuda" and is_triton_available()
 
 
-def fits(model: nn.Module, cache: object, length: int) -> bool:
-    """Whether a forward over `length` tokens a sequence and this cache can be such a step."""
-    if length != 1 or not has_graphs(model.device):
-        return False
+def obstacle(model: nn.Module, cache: object) -> str | None:
+    """Why a forward over one token a sequence and this cache cannot be such a step, or None if it can."""
     config, head_size = model.config, model.base_model.layers[0].self_attn.head_dim
     weight = model.base_model.layers[0].mlp.down_proj.weight
-    return (
-        len(set(getattr(model, "hf_device_map", {}).values())) <= 1
-        and config._attn_implementation in ("sdpa", "eager")
-        and (getattr(config, "rope_parameters", None) or {}).get("rope_type") != "dynamic"  # it looks at the length
-        and head_size & (head_size - 1) == 0
-        and runs("triton", SURVIVORS, [weight])
-        and not torch.is_autocast_enabled(model.device.type)
-        and isinstance(cache, Cache)
-        and not cache.offloading
-        and all(_has_room(layer) for layer in cache.layers)
-    )
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if not model.is_prepared:
+        return "the model is not prepared, or not any more"
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return "the model is on several devices"
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"its attention is {config._attn_implementation!r}"
+    if rope_type in ("dynamic", "longrope"):
+        return f"its rotary embedding, {rope_type!r}, looks at the length"
+    if head_size & (head_size - 1):
+        return f"its heads are of size {head_size}, no power of two"
+    if not runs("triton", SURVIVORS, [weight]):
+        return f"Triton's kernels do not run for {weight.dtype} on {weight.device}"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast is on"
+    if not isinstance(cache, Cache) or cache.offloading or not all(_has_room(layer) for layer in cache.layers):
+        return "the cache is not static, is offloaded or has a window that moves"
+    return None
+
+
+def fits(model: nn.Module, cache: object, length: int) -> bool:
+    """Whether a forward over `length` tokens a sequence and this cache can be such a step."""
+    return length == 1 and has_graphs(model.device) and obstacle(model, cache) is None
 
 
 class DecodeGraph:
@@ -175,7 +186,9 @@ class Decoding:
     def goes_on(self, input_ids: Tensor, past_key_values: object) -> bool:
         """Whether the graph takes the next step too: it knows all but the token."""
         graph = self.graph
-        return graph is not None and graph.cache() is past_key_values and graph.serves(len(input_ids))
+        if graph is None or graph.cache() is not past_key_values or not self.model.is_prepared:
+            return False
+        return graph.serves(len(input_ids))
 
     def __call__(self, input_ids: Tensor, past_key_values: object, **inputs) -> ModelOutput:
         if self.goes_on(input_ids, past_key_values):
@@ -184,6 +197,9 @@ class Decoding:
         if inputs.get("output_attentions") or inputs.get("output_hidden_states"):
             return self.model(**given)
         if not fits(self.model, past_key_values, input_ids.shape[1]):
+            if input_ids.shape[1] == 1 and has_graphs(self.model.device):
+                reason = obstacle(self.model, past_key_values)
+                say_once(logging.INFO, f"a step is decoded without a graph of this package: {reason}")
             return self.forward(**given)
         graph = getattr(past_key_values, "decode_graph", None)
         if graph is not None and graph.moved:

@@ -182,6 +182,15 @@ class QSparsePreTrainedModel:
         for module in self.modules():
             if isinstance(module, Sparsify):
                 module.factor = factor
+        if self.is_prepared:
+            self._count_few_tokens()
+
+    def _count_few_tokens(self) -> None:
+        for layer in self.base_model.layers:
+            for sparsify, linears in projection_groups(layer):
+                first = next(iter(linears.values()))
+                if isinstance(first, InputMajorLinear):
+                    sparsify.few = few_tokens(sparsify.settings[0], first.weight)
 
     @property
     def is_prepared(self) -> bool:
@@ -196,12 +205,16 @@ class QSparsePreTrainedModel:
         CUDA graph. Training, prefill and batches too large to gain go on with dense products. Hooks on the projections
         do not see the tokens that others decode.
 
+        A graph is not used for calls that return their cache (`return_dict_in_generate`) or search beams, nor where
+        the log, at info level, says why. It notices weights and sparsities that change, but not hooks, modules and
+        buffers: call `restore` before changing those. The cache of the last call is kept for the next one until then.
+
         Returns:
             the model itself.
 
         Raises:
-            ValueError: a projection is no plain linear with its weight in memory, but an adapter's, a quantizer's or
-                an offloaded one.
+            ValueError: a projection is no plain linear with its weight in memory, but an adapter's, a quantizer's, an
+                offloaded one or one made in inference mode.
         """
         if self.is_prepared:
             return self
@@ -213,7 +226,7 @@ class QSparsePreTrainedModel:
                 for sparsify, linears in projection_groups(layer):
                     if sparsify.sparsity > 0:
                         lay_out(*linears.values())
-                        sparsify.few = few_tokens(sparsify.sparsity, next(iter(linears.values())).weight)
+            self._count_few_tokens()
         except BaseException:
             self.restore()
             raise
@@ -224,6 +237,8 @@ class QSparsePreTrainedModel:
         for number, layer in enumerate(self.base_model.layers):
             for _, linears in projection_groups(layer):
                 for name, linear in linears.items():
+                    if linear.weight.is_inference():
+                        return f"{name} of layer {number} was made in inference mode, which leaves it unchangeable"
                     if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor or linear.weight.is_meta:
                         kind = f"{type(linear).__module__}.{type(linear).__name__}"
                         return (
@@ -253,11 +268,6 @@ class QSparsePreTrainedModel:
         finally:
             if prepared and self._obstacle() is None:
                 self.prepare_for_decode()
-
-    def state_dict(self, *args, **kwargs) -> dict:
-        """As in Transformers; a prepared model's is made of tensors with the usual strides, beside its own."""
-        with self.as_restored():
-            return super().state_dict(*args, **kwargs)
 
     def _apply(self, *args, **kwargs) -> Self:  # `.to`, `.half` and their like give each parameter a tensor of its own
         with self.as_restored():
@@ -343,7 +353,7 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
         try:
             return super().generate(*args, **kwargs)
         finally:
-            if _call.cache is not None:
+            if _call.cache is not None and self.is_prepared:
                 self._spare_cache = _call.cache
             _call.cache, _call.decoding = outer
 
@@ -386,7 +396,7 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """As in Transformers, but for a step that runs as a graph, which has its mask inside."""
-        if self.is_prepared and self._steps_as_usual and fits(self, past_key_values, inputs_embeds.shape[1]):
+        if self._steps_as_usual and fits(self, past_key_values, inputs_embeds.shape[1]):
             return attention_mask
         return create_masks_for_generate(
             config=config,

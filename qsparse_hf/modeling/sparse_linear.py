@@ -8,7 +8,8 @@ Shapes: T tokens, D features in, K of them kept, N features out.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -180,7 +181,22 @@ def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
 class InputMajorLinear(nn.Linear):
     """A linear whose weight lies input-major; for more tokens than a few, the dense product it always was."""
 
-    rows: Rows
+    rows: Rows | None
+    """None once it has a weight or bias of its own, until the next product."""
+
+    def register_parameter(self, name: str, parameter: nn.Parameter | None) -> None:  # assigning one calls it, too
+        super().register_parameter(name, parameter)
+        self.rows = None
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"rows": None}  # a copy's parameters are no views
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            for name in ("weight", "bias"):
+                if (view := destination.get(prefix + name)) is not None:
+                    destination[prefix + name] = view.clone(memory_format=torch.contiguous_format)
 
     def forward(self, x: Tensor) -> Tensor:
         if _is_fast(x.device, x.dtype):
@@ -204,9 +220,17 @@ def few_tokens(sparsity: float, weight: Tensor) -> int:
     return max(int((2 if weight.device.type == "cpu" else 1) / (1 - sparsity) + 1e-9), 1)
 
 
+@contextmanager
+def _to_train_on() -> Iterator[None]:
+    """Tensors that are made in inference mode could not be trained on afterwards."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def lay_out(*linears: nn.Linear) -> None:
     """Give linears that read one input an input-major weight, in one tensor; takes the memory of that for a moment."""
-    rows = Rows(linears)
+    with _to_train_on():
+        rows = Rows(linears)
     for linear in linears:
         linear.__class__ = InputMajorLinear
         linear.rows = rows
@@ -215,11 +239,27 @@ def lay_out(*linears: nn.Linear) -> None:
 def put_back(*linears: nn.Linear) -> None:
     """Undo `lay_out`."""
     for linear in linears:
-        linear.weight.data = linear.weight.data.contiguous()
-        if linear.bias is not None:
-            linear.bias.data = linear.bias.data.clone()
+        with _to_train_on():
+            linear.weight.data = linear.weight.data.contiguous()
+            if linear.bias is not None:
+                linear.bias.data = linear.bias.data.clone()
         linear.__class__ = nn.Linear
         del linear.rows
+
+
+def _rows_of(linears: Sequence[InputMajorLinear]) -> Rows:
+    """Their common rows; laid out again if they have others now, for which compiled code stops."""
+    rows = linears[0].rows
+    known = all(linear.rows is rows is not None for linear in linears)
+    if known and (torch.compiler.is_compiling() or rows.are_those_of(linears)):
+        return rows
+    _lay_out_again(*linears)
+    return linears[0].rows
+
+
+@torch.compiler.disable
+def _lay_out_again(*linears: InputMajorLinear) -> None:
+    lay_out(*linears)
 
 
 def project(x: Tensor | Survivors, *linears: nn.Linear, residual: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -238,9 +278,7 @@ def project(x: Tensor | Survivors, *linears: nn.Linear, residual: Tensor | None 
                     f"a linear of a model that is prepared for decoding was replaced by a {kind}; call the model's "
                     "restore() first, and prepare_for_decode() again once adapters are merged"
                 )
-        if not torch.compiler.is_compiling() and not linears[0].rows.are_those_of(linears):
-            lay_out(*linears)
-        rows = linears[0].rows
+        rows = _rows_of(linears)
         y = sparse_linear(x, rows.weight, rows.bias, residual)
         return (y,) if len(linears) == 1 else y.split(rows.sizes, dim=-1)
     outputs = tuple(linear(x) for linear in linears)

@@ -383,7 +383,7 @@ class Sparsify(nn.Module):
             say_once(
                 logging.WARNING,
                 f"decoding {tokens} sequences at once with dense products: at sparsity {self.settings[0]:g} those that "
-                f"skip zeros pay off for up to {self.few}",
+                f"skip zeros are no faster beyond {self.few}",
             )
         return tokens <= self.few
 
