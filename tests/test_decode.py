@@ -446,13 +446,19 @@ def test_a_step_without_a_graph_is_said(tokens, replays, caplog, monkeypatch):
 
 
 def test_restored_within_generate(tokens, replays):
-    model = make(sparse_config("llama")).prepare_for_decode()
+    model = make(sparse_config("llama"))
+    expected = model.generate(tokens[:1, :6], **SHORT)
 
     def within(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        model.restore()
+        if input_ids.shape[1] == 8:  # two steps in, by a graph that reads what is given back
+            model.restore()
         return scores
 
-    model.generate(tokens[:1, :6], logits_processor=LogitsProcessorList([within]), **SHORT)
+    model.prepare_for_decode()
+    assert torch.equal(
+        model.generate(tokens[:1, :6], logits_processor=LogitsProcessorList([within]), **SHORT), expected
+    )
+    assert len(replays) == 1
     assert model._spare_cache is None
 
 

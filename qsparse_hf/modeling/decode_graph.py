@@ -58,8 +58,12 @@ def obstacle(model: nn.Module, cache: object) -> str | None:
 
 
 def fits(model: nn.Module, cache: object, length: int) -> bool:
-    """Whether a forward over `length` tokens a sequence and this cache can be such a step."""
-    return length == 1 and has_graphs(model.device) and obstacle(model, cache) is None
+    """Whether a forward over `length` tokens a sequence and this cache can be such a step; if not, why is logged."""
+    if length != 1 or not has_graphs(model.device):
+        return False
+    if reason := obstacle(model, cache):
+        say_once(logging.INFO, f"a step is decoded without a graph of this package: {reason}")
+    return reason is None
 
 
 class DecodeGraph:
@@ -197,9 +201,6 @@ class Decoding:
         if inputs.get("output_attentions") or inputs.get("output_hidden_states"):
             return self.model(**given)
         if not fits(self.model, past_key_values, input_ids.shape[1]):
-            if input_ids.shape[1] == 1 and has_graphs(self.model.device):
-                reason = obstacle(self.model, past_key_values)
-                say_once(logging.INFO, f"a step is decoded without a graph of this package: {reason}")
             return self.forward(**given)
         graph = getattr(past_key_values, "decode_graph", None)
         if graph is not None and graph.moved:

@@ -396,7 +396,7 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
         """As in Transformers, but for a step that runs as a graph, which has its mask inside."""
-        if self._steps_as_usual and fits(self, past_key_values, inputs_embeds.shape[1]):
+        if self.is_prepared and self._steps_as_usual and fits(self, past_key_values, inputs_embeds.shape[1]):
             return attention_mask
         return create_masks_for_generate(
             config=config,
