@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,13 +28,15 @@ from transformers import (
     StaticCache,
 )
 
-from .conversion import DTYPES, FAMILIES
+from .conversion import DTYPES
+from .decode.prepare import projection_groups
+from .decode.sparse_linear import sparse_linear
 from .errors import UserError, user_errors
 from .measure import captured, interleaved, medians, print_table, write_json
-from .modeling.modeling_qsparse import projection_groups
-from .modeling.sparse_linear import sparse_linear
-from .modeling.sparsify import Sparsify, topk_sparsify
+from .modeling.configuration_qsparse import GROUPS
+from .modeling.sparsify import Sparsify, select
 from .modeling.sparsity import check_sparsity
+from .registration import FAMILIES
 
 _LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32}
 _LLAMA_3_8B = _LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
@@ -85,7 +88,7 @@ def _configs(name: str) -> tuple[PreTrainedConfig, PreTrainedConfig]:
             fields.pop(key, None)
         fields["use_cache"] = True  # training turns it off, and that is saved
     dense = {key: value for key, value in fields.items() if not key.startswith("sparsity")}
-    return AutoConfig.for_model(model_type, **dense), FAMILIES[model_type](**fields)
+    return AutoConfig.for_model(model_type, **dense), FAMILIES[model_type].config(**fields)
 
 
 def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -98,7 +101,7 @@ def _set_sparsity(model: PreTrainedModel, sparsity: float) -> None:
     model.restore()
     for module in model.modules():
         if isinstance(module, Sparsify):
-            module.sparsity = sparsity
+            module.configure(replace(module.configured, sparsity=sparsity))
     model.prepare_for_decode()
 
 
@@ -234,9 +237,8 @@ def _product_rows(
     sparse = _random_model(config, torch.device("meta"), dtype)
     on_gpu = device.type == "cuda"
     bandwidth = _copy_bandwidth(device)
-    for (sparsify, linears), group in zip(
-        projection_groups(sparse.base_model.layers[0]), ("qkv", "o", "gate_up", "down"), strict=True
-    ):
+    groups = list(projection_groups(sparse))[: len(GROUPS)]
+    for group, (_, selector, linears) in zip(GROUPS, groups, strict=True):
         features = next(iter(linears.values())).in_features
         sizes = [linear.out_features for linear in linears.values()]
         size = features * sum(sizes) * dtype.itemsize
@@ -245,18 +247,13 @@ def _product_rows(
         usual = [part.t().contiguous() for weight in weights for part in weight.split(sizes, dim=1)]
         x = torch.randn(1, 1, features, device=device, dtype=dtype)
         for sparsity in sparsities:
-            select = partial(
-                topk_sparsify,
-                sparsity=sparsity,
-                block_size=sparsify.block_size,
-                rescale=sparsify.rescale,
-                compact=True,
-            )
-            kept = select(x)
+            selection = replace(selector.configured, sparsity=sparsity)
+            survivors = partial(select, "topk", selection=selection, compact=True)
+            kept = survivors((x,))
             functions = {
                 "dense": partial(_each, partial(nn.functional.linear, x), usual),
                 "sparse": partial(_each, partial(sparse_linear, kept), weights),
-                "selection": partial(_each, select, [x] * copies),
+                "selection": partial(_each, survivors, [(x,)] * copies),
             }
             if on_gpu:
                 functions = {name: captured(function, 1) for name, function in functions.items()}

@@ -24,18 +24,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.dynamic_module_utils import custom_object_save
 
 from .errors import UserError, user_errors
-from .modeling.configuration_qsparse import (
-    QSPARSE_FIELDS,
-    QSparseConfigMixin,
-    QSparseLlamaConfig,
-    QSparseMistralConfig,
-    QSparseQwen2Config,
-)
+from .modeling.configuration_qsparse import QSPARSE_FIELDS, QSparseConfigMixin
 from .modeling.modeling_qsparse import declare_auto_model
+from .registration import FAMILIES
 from .report import count_parameters
-
-FAMILIES = {"llama": QSparseLlamaConfig, "mistral": QSparseMistralConfig, "qwen2": QSparseQwen2Config}
-"""The configuration class of the Q-Sparse twin of each dense `model_type`."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HEADER_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -199,7 +191,7 @@ def _qsparse_config(folder: str | os.PathLike, fields: dict) -> PreTrainedConfig
         dense = AutoConfig.from_pretrained(folder).to_dict()
         for key in ("model_type", "architectures", "transformers_version", "auto_map"):
             dense.pop(key, None)
-        return FAMILIES[model_type](**dense | fields)
+        return FAMILIES[model_type].config(**dense | fields)
 
 
 def _locate_tensors(folder: Path) -> dict[str, Path]:

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import is_triton_available
 
-from .modeling.backend import is_numba_available
+from .modeling.sparsify import IMPLS
 from .modeling.sparsity import check_sparsity
 
 
@@ -101,7 +101,7 @@ def write_json(path: Path, results: object) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": version("triton") if is_triton_available() else None,
-        "numba": version("numba") if is_numba_available() else None,
+        "numba": version("numba") if IMPLS["numba"].missing() is None else None,
         "python": platform.python_version(),
     }
     path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))

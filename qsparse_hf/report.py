@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,21 +12,26 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .decode.prepare import as_restored
 from .errors import UserError, user_errors
-from .modeling.configuration_qsparse import PROJECTION_GROUPS
+from .modeling.configuration_qsparse import GROUPS, QSparseConfigMixin
 from .modeling.modeling_qsparse import QSparsePreTrainedModel
-from .modeling.sparsity import kept_features
+from .registration import FAMILIES, projection_groups_of
 
-_GROUP_OF = {name: group for group, names in PROJECTION_GROUPS.items() for name in names}
-_PROJECTION = re.compile(rf"\blayers\.(\d+)\..*\b({'|'.join(_GROUP_OF)})$")
 _HEADINGS = {"qkv": "QKV", "o": "Out", "gate_up": "Gate/Up", "down": "Down"}
 
 
 def projections(model: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
-    """The linear projections of a Llama-like model as (layer, group, module), with adapters or without."""
-    for path, module in model.named_modules():
-        if (match := _PROJECTION.search(path)) and hasattr(module, "in_features"):
-            yield int(match[1]), _GROUP_OF[match[2]], module
+    """The linear projections of a model, Q-Sparse or dense, as (layer, group, module), with adapters or without.
+
+    None of a family that is not in `registration.FAMILIES`.
+    """
+    decoder = next((each for each in model.modules() if isinstance(getattr(each, "layers", None), nn.ModuleList)), None)
+    groups = {} if decoder is None else projection_groups_of(decoder.config)
+    for number, layer in enumerate(decoder.layers if groups else ()):
+        for name, group in groups.items():
+            for path in group.linears:
+                yield number, name, layer.get_submodule(path)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -36,9 +40,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     config = model.config
     for layer, group, module in projections(model):
         features = module.in_features
-        sparsity = config.projection_sparsity(group, layer) if hasattr(config, "projection_sparsity") else 0
-        block = getattr(config, "sparsity_block_size", None) or features
-        kept = features // block * kept_features(block, sparsity) if sparsity else features
+        kept = features
+        if isinstance(config, QSparseConfigMixin) and (selection := config.selection(group, layer)).sparsity > 0:
+            kept = selection.kept(features)
         total += module.out_features * features
         activated += module.out_features * kept
     return total, activated
@@ -66,12 +70,12 @@ class SparsityReport:
     @property
     def activated_parameters(self) -> int:
         """Weights that a token reads on average, the paper's `Na = N (1 - S)`."""
-        return sum(self.activated_of_group(group) for group in PROJECTION_GROUPS)
+        return sum(self.activated_of_group(group) for group in GROUPS)
 
     @property
     def overall(self) -> float:
         """Sparsity of all projections' inputs, weighted by the weights that read them."""
-        return self._mean(PROJECTION_GROUPS)
+        return self._mean(GROUPS)
 
     def of_group(self, group: str) -> float:
         """Sparsity of one projection group over all layers."""
@@ -91,7 +95,7 @@ class SparsityReport:
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers for a training log."""
-        groups = {f"sparsity/{group}": self.of_group(group) for group in PROJECTION_GROUPS}
+        groups = {f"sparsity/{group}": self.of_group(group) for group in GROUPS}
         return groups | {"sparsity/all": self.overall, "activated_parameters": self.activated_parameters}
 
     def to_dict(self) -> dict:
@@ -100,7 +104,7 @@ class SparsityReport:
             "tokens": self.tokens,
             "projection_parameters": self.projection_parameters,
             "activated_parameters": self.activated_parameters,
-            "sparsity": {group: self.of_group(group) for group in PROJECTION_GROUPS} | {"all": self.overall},
+            "sparsity": {group: self.of_group(group) for group in GROUPS} | {"all": self.overall},
             "layers": [
                 {
                     "sparsity": sparsity,
@@ -118,7 +122,7 @@ class SparsityReport:
         for index, (sparsity, parameters) in enumerate(zip(self.sparsity, self.parameters, strict=True)):
             layer = SparsityReport(self.tokens, [sparsity], [parameters])
             rows.append(_row(str(index), layer))
-        counts = [self.activated_of_group(group) for group in PROJECTION_GROUPS] + [self.activated_parameters]
+        counts = [self.activated_of_group(group) for group in GROUPS] + [self.activated_parameters]
         activated = f"{'activated':<17}  " + "  ".join(f"{_short(count):>7}" for count in counts)
         return "\n".join((head, *rows, "-" * len(head), _row("all", self), activated))
 
@@ -130,11 +134,11 @@ class SparsityReport:
         """Draw a heat map, layers by groups, as a PNG."""
         from matplotlib.figure import Figure
 
-        percent = [[100 * layer[group] for group in PROJECTION_GROUPS] for layer in self.sparsity]
+        percent = [[100 * layer[group] for group in GROUPS] for layer in self.sparsity]
         figure = Figure(figsize=(5, 1.5 + 0.25 * len(percent)), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(percent, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-        axes.set_xticks(range(len(PROJECTION_GROUPS)), [_HEADINGS[group] for group in PROJECTION_GROUPS])
+        axes.set_xticks(range(len(GROUPS)), [_HEADINGS[group] for group in GROUPS])
         axes.set_yticks(range(len(percent)))
         axes.set_ylabel("layer")
         axes.set_title(f"Zeros in the input: {self.overall:.1%} over all")
@@ -150,7 +154,7 @@ def _activated(parameters: dict[str, int], sparsity: dict[str, float]) -> dict[s
 
 
 def _row(name: str, report: SparsityReport) -> str:
-    percents = [100 * report.of_group(group) for group in PROJECTION_GROUPS] + [100 * report.overall]
+    percents = [100 * report.of_group(group) for group in GROUPS] + [100 * report.overall]
     return f"{name:>5}  {_short(report.activated_parameters):>10}  " + "  ".join(f"{p:7.1f}" for p in percents)
 
 
@@ -180,15 +184,16 @@ def sparsity_report(model: nn.Module, batch: Tensor | Mapping | Iterable[Tensor 
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, QSparsePreTrainedModel) and module.is_prepared:
-                stack.enter_context(module.as_restored())  # decode products would not run the hooks
+                stack.enter_context(as_restored(module))  # decode products would not run the hooks
         for layer, group, module in projections(model):
-            weights = parameters.setdefault(layer, dict.fromkeys(PROJECTION_GROUPS, 0))
+            weights = parameters.setdefault(layer, dict.fromkeys(GROUPS, 0))
             weights[group] += module.in_features * module.out_features
             if (layer, group) not in counters:  # the projections of a group read the same input
                 counters[layer, group] = counter = _ZeroCounter()
                 stack.callback(module.register_forward_pre_hook(counter).remove)
         if not counters:
-            raise ValueError(f"{type(model).__name__} has no projections named {', '.join(_GROUP_OF)}")
+            known = ", ".join(FAMILIES)
+            raise ValueError(f"{type(model).__name__} is of none of the families {known}, whose projections are known")
         stack.callback(model.train, was_training)
         model.eval()
         for inputs in [batch] if isinstance(batch, Tensor | Mapping) else batch:

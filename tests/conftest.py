@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 import qsparse_hf
-from qsparse_hf.modeling.backend import Missing
+from qsparse_hf.kernels import Deferred
 from qsparse_hf.modeling.sparsify import IMPLS
 
 REPOSITORY = Path(__file__).parent.parent
@@ -64,7 +64,7 @@ def backends(implementations: dict) -> list:
         pytest.param(device, name, id=f"{name}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
         for name, implementation in implementations.items()
         for device in devices.get(name, ["cpu", "cuda"])
-        if not isinstance(implementation, Missing)
+        if not (isinstance(implementation, Deferred) and implementation.missing())
     ]
 
 

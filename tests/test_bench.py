@@ -5,10 +5,11 @@ import json
 import pytest
 from conftest import dense_config, run_qsparse, sparse_config
 
-from qsparse_hf import bench, topk_sparsify
+from qsparse_hf import bench
 from qsparse_hf.bench import _configs, bench_decode
 from qsparse_hf.errors import UserError
-from qsparse_hf.modeling.backend import is_numba_available
+from qsparse_hf.modeling.sparsify import IMPLS, select
+from qsparse_hf.modeling.sparsity import Selection
 
 
 def test_a_table_of_models_and_one_of_products(tmp_path):
@@ -22,7 +23,7 @@ def test_a_table_of_models_and_one_of_products(tmp_path):
     written = json.loads((tmp_path / "decode.json").read_text())
     assert written["machine"]["gpu"] is None
     assert written["machine"]["threads"] == 1
-    assert bool(written["machine"]["numba"]) == is_numba_available()
+    assert bool(written["machine"]["numba"]) == (IMPLS["numba"].missing() is None)
     assert "step" not in run.stdout  # alone, it is measured on a GPU
     generate, *_, product = written["results"]
     assert generate["sparsity"] == 0.5
@@ -39,12 +40,17 @@ def test_a_sparse_config_is_taken_too(tmp_path, capsys, monkeypatch):
     config = sparse_config("llama", use_cache=False, sparsity_block_size=16, sparsity_rescale="l2")
     config.save_pretrained(tmp_path)  # without a cache, as training leaves it
     selections = []
-    monkeypatch.setattr(bench, "topk_sparsify", lambda x, **how: selections.append(how) or topk_sparsify(x, **how))
+
+    def spied(form: str, inputs: tuple, selection: Selection, compact: bool):
+        selections.append(selection)
+        return select(form, inputs, selection, compact=compact)
+
+    monkeypatch.setattr(bench, "select", spied)
     settings = {"sparsities": [0.5], "device": "cpu", "dtype": "float32", "new_tokens": 8, "rounds": 1}
     assert bench_decode([str(tmp_path)], **settings)[0]["dtype"] == "float32"
     assert "| batch |" in capsys.readouterr().out
     assert _configs(str(tmp_path))[0].use_cache
-    assert {(how["block_size"], how["rescale"]) for how in selections} == {(16, "l2")}
+    assert set(selections) == {Selection(0.5, 16, "l2")}
 
 
 @pytest.mark.parametrize(

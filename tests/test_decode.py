@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from qsparse_hf import sparsity_report
-from qsparse_hf.modeling import decode_graph, modeling_qsparse, sparse_linear
-from qsparse_hf.modeling.decode_graph import DecodeGraph, obstacle
-from qsparse_hf.modeling.sparse_linear import InputMajorLinear, few_tokens
+from qsparse_hf.decode import generation, graph, prepare, sparse_linear
+from qsparse_hf.decode.graph import DecodeGraph, obstacle
+from qsparse_hf.decode.layout import InputMajorLinear, few_tokens
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 SETTINGS = [
@@ -185,8 +185,8 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch, tokens):
     model = make(sparse_config("llama"))
     classes = [type(module) for module in model.modules()]
     calls = iter(range(3))
-    real = modeling_qsparse.lay_out
-    monkeypatch.setattr(modeling_qsparse, "lay_out", lambda *linears: (next(calls), real(*linears)))
+    real = prepare.lay_out
+    monkeypatch.setattr(prepare, "lay_out", lambda *linears: (next(calls), real(*linears)))
     with pytest.raises((StopIteration, RuntimeError)):
         model.prepare_for_decode()
     assert [type(module) for module in model.modules()] == classes
@@ -307,9 +307,9 @@ def replays(monkeypatch) -> list[DecodeGraph]:
         captured.append(step)
 
     monkeypatch.setattr(DecodeGraph, "_capture", capture)
-    for module in (decode_graph, modeling_qsparse):
+    for module in (graph, generation):
         monkeypatch.setattr(module, "has_graphs", lambda device: True)
-    monkeypatch.setattr(decode_graph, "runs", lambda *arguments: True)
+    monkeypatch.setattr(graph, "runs", lambda *arguments: True)
     monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", lambda self, kwargs, config: self.is_prepared
                         and isinstance(kwargs.get("past_key_values"), StaticCache))  # fmt: skip
     return captured
@@ -339,7 +339,7 @@ def test_one_step_for_many_calls(family, tokens, replays):
     model.scale_sparsity(1)
     torch.manual_seed(0)
     assert torch.equal(model.restore().generate(**SHORT | calls[0] | {"do_sample": True}), sampled)
-    assert model._spare_cache is None
+    assert not hasattr(model, "_spare_cache")
 
 
 @pytest.mark.parametrize("fields", [{}, {"sparsity_per_projection": {"qkv": 0}}], ids=str)
@@ -433,7 +433,7 @@ def test_what_stands_in_the_way_of_a_graph_is_said(change, said, tokens, replays
         assert obstacle(model, cache) == "autocast is on"
     change(model, cache)
     assert said in obstacle(model, cache)
-    assert not decode_graph.fits(model, cache, 1)
+    assert not graph.fits(model, cache, 1)
 
 
 def test_a_step_without_a_graph_is_said(tokens, replays, caplog, monkeypatch):
@@ -459,7 +459,7 @@ def test_restored_within_generate(tokens, replays):
         model.generate(tokens[:1, :6], logits_processor=LogitsProcessorList([within]), **SHORT), expected
     )
     assert len(replays) == 1
-    assert model._spare_cache is None
+    assert not hasattr(model, "_spare_cache")
 
 
 @pytest.mark.parametrize("padding", [0, 3])

@@ -7,8 +7,8 @@ from transformers.generation.continuous_batching.cache import PagedAttentionCach
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qsparse_hf.modeling import modeling_qsparse
-from qsparse_hf.modeling.decode_attention import attend
+from qsparse_hf.decode import layers
+from qsparse_hf.decode.attention import attend
 
 pytest.importorskip("numba", reason="heads with keys of their own attend by its kernel")
 
@@ -95,7 +95,7 @@ def attended(monkeypatch) -> list[tuple[int, ...]]:
         shapes.append(tuple(keys.shape))
         return attend(query, keys, *rest)
 
-    monkeypatch.setattr(modeling_qsparse, "attend", spied)
+    monkeypatch.setattr(layers, "attend", spied)
     return shapes
 
 

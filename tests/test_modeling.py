@@ -28,9 +28,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qsparse_hf
 from qsparse_hf.modeling import sparsify
-from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
+from qsparse_hf.modeling.configuration_qsparse import GROUPS
 from qsparse_hf.modeling.sparsify import IMPLS
-from qsparse_hf.modeling.sparsity import kept_features
+from qsparse_hf.modeling.sparsity import Selection, kept_features
 from qsparse_hf.report import projections
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -63,9 +63,9 @@ def test_every_projection_reads_a_sparsified_input_that_its_group_shares(family,
     model = make(sparse_config(family, sparsity_per_projection=ratios), attn_implementation=attention)
     read = projection_inputs(model, input_ids=tokens)
     expected = {"qkv": [0.5, 0.5], "o": [0.25, 0.75], "gate_up": [0.5, 0.5], "down": [0.6, 0.6]}
-    assert len(read) == 2 * len(PROJECTION_GROUPS)
+    assert len(read) == 2 * len(GROUPS)
     for (layer, group), inputs in read.items():
-        assert len(inputs) == len(PROJECTION_GROUPS[group])
+        assert len(inputs) == len(model.config.projection_groups[group].linears)
         assert all(x is inputs[0] for x in inputs)
         kept = kept_features(inputs[0].shape[-1], expected[group][layer])
         assert ((inputs[0] != 0).sum(-1) == kept).all()
@@ -279,7 +279,7 @@ def test_scale_sparsity(family, tokens):
 
 def test_lora_merged_and_unmerged_agree(family, tokens):
     model = make(sparse_config(family), dtype=torch.float64)
-    targets = [name for names in PROJECTION_GROUPS.values() for name in names]
+    targets = [name for group in model.config.projection_groups.values() for name in group.names]
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
     with torch.no_grad():
         unmerged = adapted(tokens).logits
@@ -331,9 +331,23 @@ with torch.no_grad():
 model.save_pretrained(folder + "-again")
 assert torch.equal(AutoModelForCausalLM.from_pretrained(folder + "-again", trust_remote_code=True)(tokens).logits,
                    model(tokens).logits)
-copies = [module for name, module in sys.modules.items() if name.endswith(".sparsify_ops")]
-assert len({copy.NAMESPACE for copy in copies}) == len(copies) == 2, copies  # of operators, which a process has once
+model.generate(tokens, max_new_tokens=2, do_sample=False, pad_token_id=0)
+try:
+    model.prepare_for_decode()
+except ImportError as error:
+    assert "`pip install qsparse-hf`" in str(error) and "\\n" not in str(error), error
+else:
+    raise AssertionError("prepared without kernels")
+assert model.restore() is model
 """
+
+
+def test_a_saved_folder_carries_little_code(family, tmp_path):
+    """Frozen with the checkpoint: no fix reaches it, so it states the mathematics alone."""
+    make(sparse_config(family)).save_pretrained(tmp_path)
+    code = list(tmp_path.glob("*.py"))
+    assert len(code) <= 8
+    assert sum(len(path.read_text().splitlines()) for path in code) <= 1200
 
 
 def test_loads_without_this_package_and_with_it_the_local_classes_win(family, tmp_path, tokens):
@@ -456,7 +470,7 @@ def test_another_activation_is_not_overlooked(activation, tokens):
     for model in (dense, sparse):
         model.model.layers[0].mlp.act_fn = activation
     assert torch.equal(sparse(tokens).logits, dense(tokens).logits)
-    sparse.model.layers[0].mlp.down_sparsify.sparsity = 0.75
+    sparse.model.layers[0].mlp.down_sparsify.configure(Selection(0.75))
     hooked = []
     activation.register_forward_hook(lambda *_: hooked.append(True))
     seen = []

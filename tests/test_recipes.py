@@ -9,8 +9,8 @@ import torch
 from conftest import REPOSITORY, make, sparse_config
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Qwen2Config, get_scheduler
 
-from qsparse_hf.conversion import FAMILIES
 from qsparse_hf.errors import UserError
+from qsparse_hf.registration import FAMILIES
 from qsparse_hf.report import count_parameters
 from qsparse_hf.training.recipe import Recipe, parse
 
@@ -116,7 +116,9 @@ def test_the_models_that_are_continued_are_named_and_fit(recipe):
     dense = DENSE[run.model]
     text = (FOLDER / f"{name}.yaml").read_text()
     assert f"{run.model} --sparsity 0.5" in text or "continue_mistral_7b.yaml" in text  # how to get it
-    sparse = FAMILIES[dense.model_type](**{key: value for key, value in dense.to_dict().items() if key != "model_type"})
+    sparse = FAMILIES[dense.model_type].config(
+        **{key: value for key, value in dense.to_dict().items() if key != "model_type"}
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(sparse)
     total, activated = count_parameters(model)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from qsparse_hf.cli import main
-from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
+from qsparse_hf.modeling.configuration_qsparse import GROUPS
 from qsparse_hf.report import count_parameters, sparsity_report
 
 # Per layer of the tiny model: q 64x64, k and v 32x64, o 64x64, gate and up 96x64, down 64x96.
@@ -75,7 +75,7 @@ def test_adapters_and_compiled_models_are_measured(tokens):
 
 
 def test_refuses_what_it_cannot_measure(tokens):
-    with pytest.raises(ValueError, match="Linear has no projections named q_proj"):
+    with pytest.raises(ValueError, match="Linear is of none of the families llama, mistral"):
         sparsity_report(torch.nn.Linear(2, 2), tokens)
     with pytest.raises(ValueError, match="no tokens"):
         sparsity_report(make(sparse_config("llama")), {"input_ids": tokens, "attention_mask": torch.zeros_like(tokens)})
@@ -89,7 +89,7 @@ def test_report_command(tiny_checkpoint, tmp_path):
     assert "Gate/Up" in done.stdout
     written = json.loads((tmp_path / "out" / "sparsity.json").read_text())
     assert written["tokens"] == 100
-    assert written["sparsity"] == {**dict.fromkeys(PROJECTION_GROUPS, 0.5), "all": 0.5}
+    assert written["sparsity"] == {**dict.fromkeys(GROUPS, 0.5), "all": 0.5}
     assert (tmp_path / "out" / "sparsity.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -106,7 +106,7 @@ def test_report_command_names_mistakes(tiny_checkpoint, tmp_path, capsys):
         ((tiny_checkpoint, "--text", text, "--tokens", "0"), "tokens must be at least 1, got 0"),
         ((tiny_checkpoint, "--text", text, "--output", text), "text.txt"),
         ((broken, "--text", text), "broken"),
-        ((other, "--text", text), "GPT2LMHeadModel has no projections"),
+        ((other, "--text", text), "GPT2LMHeadModel is of none of the families"),
     ):
         assert main(["report", *map(str, arguments)]) == 1
         last = capsys.readouterr().err.splitlines()[-1]

@@ -7,7 +7,7 @@ import torch
 from conftest import assert_close, backends
 
 from qsparse_hf import topk_sparsify
-from qsparse_hf.modeling.sparse_linear import IMPLS, sparse_linear
+from qsparse_hf.decode.sparse_linear import IMPLS, sparse_linear
 from qsparse_hf.modeling.sparsify import SURVIVORS, Survivors
 
 BACKENDS = backends(IMPLS)

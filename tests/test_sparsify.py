@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from qsparse_hf import topk_sparsify
-from qsparse_hf.modeling.sparse_linear import sparse_linear
+from qsparse_hf.decode.sparse_linear import sparse_linear
 from qsparse_hf.modeling.sparsify import ACTIVATIONS, IMPLS, SURVIVORS, gated, glu_sparsify, rms_norm, rms_norm_sparsify
 from qsparse_hf.modeling.sparsity import kept_features
 
@@ -492,11 +492,11 @@ os.environ.pop("TRITON_INTERPRET")
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from qsparse_hf.modeling.sparsify_triton import _Tile, sparsify_kernel
+from qsparse_hf.kernels.sparsify_triton import SparsifyTile, sparsify_kernel
 names = sparsify_kernel.arg_names
 widest = 0
 for features, block, dtype, bits in [(11008, None, "bf16", 16), (4080, 17, "bf16", 16), (4096, 32, "fp32", 32)]:
-    tile = _Tile.of(features, block, False, bits)
+    tile = SparsifyTile.of(features, block, False, bits)
     constants = {"other_ptr": None, "D": tile.features, "UNIT": tile.unit, "FIELDS": tile.fields, "TOKENS": tile.tokens,
         "UNITS": tile.units, "WORDS": tile.words, "BITS": tile.bits_per_count, "PRODUCER": "none", "EPILOGUE": "none"}
     types = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "rstd_ptr": "*fp32", "norm_ptr": "*fp32", "tokens": "i32",

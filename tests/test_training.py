@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, MixtralConfig, 
 from qsparse_hf import quickstart
 from qsparse_hf.cli import main
 from qsparse_hf.errors import UserError
-from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
+from qsparse_hf.modeling.configuration_qsparse import GROUPS
 from qsparse_hf.training import QSparseTrainer, QSparseTrainingArguments
 from qsparse_hf.training.distillation import forward_kl
 from qsparse_hf.training.recipe import parse
@@ -81,7 +81,7 @@ def test_a_run_trains_logs_saves_and_reloads(run_config, tmp_path, tokens):
     measured = [round(64 * (1 - entry["sparsity/qkv"])) for entry in losses]
     assert measured == [53, 53, 43, 43, 32, 32, 32, 32]
     assert losses[-1]["activated_parameters"] == 30720
-    assert {f"sparsity/{group}" for group in (*PROJECTION_GROUPS, "all")} <= losses[0].keys()
+    assert {f"sparsity/{group}" for group in (*GROUPS, "all")} <= losses[0].keys()
     assert json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"] > 0
 
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -1,36 +1,16 @@
-"""Which implementation runs: one rule for every table of implementations."""
+"""Which implementation of an operator runs: one rule for every table of implementations."""
 
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from functools import cache
-from hashlib import sha256
-from importlib import import_module
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-# Operators have one table a process, and a checkpoint's own copy of this file may be loaded beside the package's: a
-# second registration under one name would leave the first copy's operators dangling.
-_PACKAGED = __name__ == "qsparse_hf.modeling.backend"
-NAMESPACE = "qsparse" if _PACKAGED else f"qsparse_{sha256(__name__.encode()).hexdigest()[:16]}"
-"""Of the operators that this copy registers."""
-
 logger = logging.getLogger(__name__)
 _ASKED = os.environ.get("QSPARSE_BACKEND") or None
 _said: set[str] = set()
-
-
-@cache
-def is_numba_available() -> bool:
-    """Whether the package is installed and goes with the rest; it is the extra `cpu` of ours."""
-    try:
-        import_module("numba")
-    except ImportError as error:
-        say_once(logging.INFO, f"numba is left out: {error}")
-        return False
-    return True
 
 
 def say_once(level: int, message: str) -> None:
@@ -47,24 +27,22 @@ class Implementation(Protocol):
         """Why it does not run on these, or None if it does; `asked` if somebody named it."""
 
 
-class Missing:
-    """An implementation that needs what is not installed."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
-        return self.reason
+T = TypeVar("T", bound=Implementation)
 
 
-def runs(name: str, implementations: Mapping[str, Implementation], tensors: Sequence[Tensor]) -> bool:
-    """Whether that implementation is the one that runs on these."""
-    return choose(implementations, tensors, None) is implementations[name]
+def prefer(implementations: dict[str, T], name: str, implementation: T) -> None:
+    """Add an implementation ahead of those that a table holds: the first that takes the tensors runs."""
+    rest = dict(implementations)
+    implementations.clear()
+    implementations.update({name: implementation} | rest)
 
 
-def choose(
-    implementations: Mapping[str, Implementation], tensors: Sequence[Tensor], name: str | None
-) -> Implementation:
+def runs(name: str, implementations: Mapping[str, T], tensors: Sequence[Tensor]) -> bool:
+    """Whether that implementation is there and is the one that runs on these."""
+    return name in implementations and choose(implementations, tensors, None) is implementations[name]
+
+
+def choose(implementations: Mapping[str, T], tensors: Sequence[Tensor], name: str | None) -> T:
     """The implementation called `name`, or if that is None the first that takes the tensors.
 
     The environment variable QSPARSE_BACKEND, read at import, names one where nobody else does, for whole models.

@@ -1,28 +1,43 @@
 """Configurations of the Q-Sparse families: a dense family's own fields, and how sparse each projection's input is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict, validated_field
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from .sparsity import check_block_size, check_rescale, check_sparsity
+from .sparsity import Selection, check_block_size, check_rescale, check_sparsity
 
-PROJECTION_GROUPS = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
-"""The linear projections that read one sparsified input, by the name of their group."""
 
-# A top-K ranks whole rows. Gathering every projection's output leaves no input sharded, so each rank selects what a
-# single device would; Llama's own `rowwise` o_proj and down_proj would rank their shard alone.
-_TENSOR_PARALLEL_PLAN = {
-    f"layers.*.{block}.{projection}": "colwise_gather_output"
-    for block, groups in {"self_attn": ("qkv", "o"), "mlp": ("gate_up", "down")}.items()
-    for group in groups
-    for projection in PROJECTION_GROUPS[group]
+class ProjectionGroup(NamedTuple):
+    """Linear projections that read one sparsified input; paths within a decoder layer."""
+
+    selector: str
+    """The module whose output they read: a norm that sparsifies, or a sparsifier in the block around them."""
+    linears: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The linears' own names."""
+        return tuple(path.rpartition(".")[-1] for path in self.linears)
+
+
+GROUPS = ("qkv", "o", "gate_up", "down")
+"""Names of the projection groups of every family."""
+
+_LLAMA_GROUPS = {
+    "qkv": ProjectionGroup("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    "o": ProjectionGroup("self_attn.o_sparsify", ("self_attn.o_proj",)),
+    "gate_up": ProjectionGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    "down": ProjectionGroup("mlp.down_sparsify", ("mlp.down_proj",)),
 }
+
+
+def _tensor_parallel_plan(groups: dict[str, ProjectionGroup]) -> dict[str, str]:
+    """A top-K ranks whole rows, so every projection's output is gathered, and no input is sharded: each rank selects
+    what a single device would. Llama's own `rowwise` o_proj and down_proj would rank their shard alone.
+    """
+    return {f"layers.*.{linear}": "colwise_gather_output" for group in groups.values() for linear in group.linears}
 
 
 @dataclass(kw_only=True, repr=False)
@@ -49,11 +64,14 @@ class QSparseConfigMixin:
     sparsity_rescale: str = validated_field(lambda value: check_rescale(value, "sparsity_rescale"), default="none")
     sparsity_ste: bool = True
 
+    projection_groups: ClassVar[dict[str, ProjectionGroup]] = _LLAMA_GROUPS
+    """Which selection feeds which linears of a decoder layer: the one place that says so."""
+
     def validate_sparsity_per_projection(self) -> None:
         for group, value in (self.sparsity_per_projection or {}).items():
             name = f"sparsity_per_projection[{group!r}]"
-            if group not in PROJECTION_GROUPS:
-                allowed = ", ".join(PROJECTION_GROUPS)
+            if group not in GROUPS:
+                allowed = ", ".join(GROUPS)
                 raise ValueError(f"sparsity_per_projection has an unknown group {group!r}; allowed are {allowed}")
             if not isinstance(value, list | tuple):
                 check_sparsity(value, name)
@@ -80,28 +98,34 @@ class QSparseConfigMixin:
         return self.num_attention_heads * head_dim
 
     def projection_sparsity(self, group: str, layer: int) -> float:
-        """The ratio of one projection group (a key of `PROJECTION_GROUPS`) in one layer."""
+        """The ratio of one projection group (one of `GROUPS`) in one layer."""
         value = (self.sparsity_per_projection or {}).get(group, self.sparsity)
         return value[layer] if isinstance(value, list | tuple) else value
 
+    def selection(self, group: str, layer: int) -> Selection:
+        """What survives of the input of one projection group in one layer."""
+        return Selection(
+            self.projection_sparsity(group, layer), self.sparsity_block_size, self.sparsity_rescale, self.sparsity_ste
+        )
 
-QSPARSE_FIELDS = tuple(QSparseConfigMixin.__dataclass_fields__)
+
+QSPARSE_FIELDS = tuple(field.name for field in fields(QSparseConfigMixin))
 """Names of the fields of `QSparseConfigMixin`."""
 
 
 @strict
 class QSparseLlamaConfig(QSparseConfigMixin, LlamaConfig):
     model_type = "qsparse_llama"
-    base_model_tp_plan = _TENSOR_PARALLEL_PLAN
+    base_model_tp_plan = _tensor_parallel_plan(_LLAMA_GROUPS)
 
 
 @strict
 class QSparseMistralConfig(QSparseConfigMixin, MistralConfig):
     model_type = "qsparse_mistral"
-    base_model_tp_plan = _TENSOR_PARALLEL_PLAN
+    base_model_tp_plan = _tensor_parallel_plan(_LLAMA_GROUPS)
 
 
 @strict
 class QSparseQwen2Config(QSparseConfigMixin, Qwen2Config):
     model_type = "qsparse_qwen2"
-    base_model_tp_plan = _TENSOR_PARALLEL_PLAN
+    base_model_tp_plan = _tensor_parallel_plan(_LLAMA_GROUPS)

@@ -9,47 +9,29 @@ B batch, T tokens, D hidden size, H heads, d head size.
 """
 
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache, wraps
-from typing import Self
+from collections.abc import Callable
+from inspect import signature
+from typing import Any, ClassVar, Protocol, Self
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.generation import GenerationMode
-from transformers.masking_utils import create_masks_for_generate
+from transformers import GenerationMixin, PreTrainedModel, __version__
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
+from transformers.utils import logging
 
-from .configuration_qsparse import PROJECTION_GROUPS, QSparseConfigMixin
-from .decode_attention import attend, is_slow
-from .decode_graph import DecodeGraph, Decoding, fits, has_graphs
-from .sparse_linear import InputMajorLinear, few_tokens, lay_out, project, put_back
-from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify, Survivors
+from .configuration_qsparse import QSparseConfigMixin
+from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify
 
+NEWEST_TESTED = (5, 24)
+"""Of Transformers, as `pyproject.toml` has it."""
 
-class _Call(threading.local):
-    """What a thread's call of `generate` works with."""
-
-    cache: Cache | None = None
-    """Is a spare afterwards."""
-    decoding: Decoding | None = None
-
-
-_call = _Call()
-
-
-def sparsify_settings(config: QSparseConfigMixin, group: str, layer: int) -> tuple[float, int | None, str, bool]:
-    """What a `Sparsify` is made with, for the input of one projection group in one layer."""
-    return (
-        config.projection_sparsity(group, layer),
-        config.sparsity_block_size,
-        config.sparsity_rescale,
-        config.sparsity_ste,
+if tuple(int(part) for part in __version__.split(".")[:2]) > NEWEST_TESTED:
+    newest, beyond = (f"{NEWEST_TESTED[0]}.{minor}" for minor in (NEWEST_TESTED[1], NEWEST_TESTED[1] + 1))
+    logging.get_logger(__name__).warning_once(
+        f"Q-Sparse models were tested with transformers up to {newest}, and this is {__version__}: they may compute "
+        f"something else. Install `transformers<{beyond}`, or a newer qsparse-hf."
     )
 
 
@@ -68,109 +50,107 @@ def _unsharded(model_class: type) -> type:
     return next(base for base in model_class.__mro__ if not issubclass(base, FSDPModule))
 
 
-class QSparseAttention:
+_CACHE_IS_CALLED_CACHE = "cache" in signature(LlamaAttention.forward).parameters
+"""Since Transformers 5.24; before it, `cache` was a paged one beside `past_key_values`, for attention functions."""
+
+
+def take_cache(kwargs: dict[str, Any]) -> Any:
+    """Remove the KV cache, or None, from what a decoder layer passes to its attention, and return it."""
+    cache = kwargs.pop("past_key_values", None)
+    return kwargs.pop("cache", cache) if _CACHE_IS_CALLED_CACHE else cache
+
+
+class Block(nn.Module):
+    """A part of a decoder layer with projections."""
+
+    def project(self, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+        """What each linear makes of `x [B, T, D]`; what prepares a model for decoding overrides it."""
+        return tuple(linear(x) for linear in linears)
+
+
+class QSparseAttention(Block):
     """Attention whose q, k, v read what the norm before them sparsified, and whose o reads another sparsified input.
 
-    Mixed into a family's own.
+    Mixed into a family's own, which has built the projections.
     """
 
+    config: Any
+    layer_idx: int
+    head_dim: int
+    scaling: float
+    attention_dropout: float
+    o_proj: nn.Module
+    o_sparsify: Sparsify
     sliding_window: int | None = None
+    rotate: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(apply_rotary_pos_emb)
+    """The family's rotary embedding of query and key."""
 
-    def add_sparsify(self, config: QSparseConfigMixin, layer: int) -> None:
-        self.o_sparsify = Sparsify(*sparsify_settings(config, "o", layer))
+    def read(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value `[B, T, H * d]` of a sparse `x`."""
+        return self.project(x, self.q_proj, self.k_proj, self.v_proj)
+
+    def split_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Each as `[B, H, T, d]`."""
+        return tuple(each.view(*each.shape[:-1], -1, self.head_dim).transpose(1, 2) for each in (query, key, value))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs) -> tuple:
+        """What the configured attention function returns: `[B, T, H, d]`, and the weights or None."""
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        options = {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
+        return function(self, query, key, value, attention_mask, **options, **kwargs)
 
     def forward(
         self,
-        hidden_states: Tensor | Survivors,  # [B, T, D], sparse
+        hidden_states: Tensor,  # [B, T, D], sparse
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values=None,
-        residual: Tensor | None = None,  # [B, T, D], is added to the output; of a prepared layer
-        decode_step: DecodeGraph | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        query, key, value = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
-        if decode_step is not None:
-            cache = past_key_values.layers[self.layer_idx]
-            output = decode_step.attend(query, key, value, *position_embeddings, cache, attention_mask, self.scaling)
-            return project(self.o_sparsify(output), self.o_proj, residual=residual)[0], None
-
-        token_shape = query.shape[:-1]
-        query, key, value = (
-            each.view(*token_shape, -1, self.head_dim).transpose(1, 2) for each in (query, key, value)
-        )  # [B, H, T, d]
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-
-        prepared = residual is not None and not self.training
-        if prepared and is_slow(query, key, attention_mask, self.config._attn_implementation, kwargs):
-            output, weights = attend(query, key, value, attention_mask, self.scaling), None
-        else:
-            function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-            output, weights = function(
-                self,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=self.attention_dropout if self.training else 0.0,
-                scaling=self.scaling,
-                sliding_window=self.sliding_window,
-                **kwargs,
-            )
+        cache = take_cache(kwargs)
+        token_shape = hidden_states.shape[:-1]
+        query, key, value = self.split_heads(*self.read(hidden_states))
+        query, key = self.rotate(query, key, *position_embeddings)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         output = output.reshape(*token_shape, -1).contiguous()
-        return project(self.o_sparsify(output), self.o_proj, residual=residual)[0], weights
+        return self.o_proj(self.o_sparsify(output)), weights
 
 
-class QSparseMLP:
-    """Gated feed-forward: gate and up read what the norm before them sparsified, down another sparsified input."""
+class QSparseMLP(Block):
+    """Gated feed-forward: gate and up read what the norm before them sparsified, down another sparsified input.
 
-    def add_sparsify(self, config: QSparseConfigMixin, layer: int) -> None:
-        self.down_sparsify = GLUSparsify(*sparsify_settings(config, "down", layer))
+    Mixed into a family's own, which has built the projections.
+    """
 
-    def forward(self, x: Tensor | Survivors, residual: Tensor | None = None) -> Tensor:  # [B, T, D], x sparse
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return project(self.down_sparsify(gate, up, self.act_fn), self.down_proj, residual=residual)[0]
+    act_fn: nn.Module
+    down_proj: nn.Module
+    down_sparsify: GLUSparsify
 
+    def read(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Gate and up of a sparse `x`."""
+        return self.project(x, self.gate_proj, self.up_proj)
 
-class PreparedDecoderLayer:
-    """A decoder layer whose residual sums come with the decode products; mixed into a family's own."""
-
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        x = self.input_layernorm(hidden_states)
-        hidden_states, _ = self.self_attn(hidden_states=x, residual=hidden_states, **kwargs)
-        return self.mlp(self.post_attention_layernorm(hidden_states), residual=hidden_states)
-
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        _, _, *rest = super().__reduce_ex__(protocol)  # would look for the class by its name
-        return _new_prepared, (type(self).__bases__[1],), *rest
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, D], sparse
+        return self.down_proj(self.down_sparsify(*self.read(x), self.act_fn))
 
 
-@cache
-def _prepared(layer_class: type) -> type:
-    """A layer's class in a prepared model. It keeps its name, by which some tell layers."""
-    return type(layer_class.__name__, (PreparedDecoderLayer, layer_class), {})
+class Decoder(Protocol):
+    """What prepares models for decoding: the room `decode` of the package, which does not travel with a checkpoint."""
+
+    def prepare(self, model: PreTrainedModel) -> None: ...
+
+    def restore(self, model: PreTrainedModel) -> None: ...
 
 
-def _new_prepared(layer_class: type) -> nn.Module:
-    return _prepared(layer_class).__new__(_prepared(layer_class))
-
-
-def projection_groups(layer: nn.Module) -> Iterator[tuple[Sparsify, dict[str, nn.Linear]]]:
-    """What selects in a decoder layer, and the linears that read what it selected, by name."""
-    attention, mlp = layer.self_attn, layer.mlp
-    for block, sparsify, group in (
-        (attention, layer.input_layernorm, "qkv"),
-        (attention, attention.o_sparsify, "o"),
-        (mlp, layer.post_attention_layernorm, "gate_up"),
-        (mlp, mlp.down_sparsify, "down"),
-    ):
-        yield sparsify, {name: getattr(block, name) for name in PROJECTION_GROUPS[group]}
-
-
-class QSparsePreTrainedModel:
+class QSparsePreTrainedModel(PreTrainedModel):
     """What a family's base model and its causal LM both have; mixed in before the dense class."""
+
+    decoder: ClassVar[Decoder | None] = None
+    """Set by the package when it is imported."""
+    is_prepared = False
+    """Whether `prepare_for_decode` was called, and `restore` not since."""
 
     def scale_sparsity(self, factor: float) -> None:
         """Run at `factor` times the configured sparsities: 0 is dense, 1 as configured. The config stays as it is.
@@ -181,21 +161,7 @@ class QSparsePreTrainedModel:
             raise ValueError(f"factor must be between 0 and 1, got {factor!r}")
         for module in self.modules():
             if isinstance(module, Sparsify):
-                module.factor = factor
-        if self.is_prepared:
-            self._count_few_tokens()
-
-    def _count_few_tokens(self) -> None:
-        for layer in self.base_model.layers:
-            for sparsify, linears in projection_groups(layer):
-                first = next(iter(linears.values()))
-                if isinstance(first, InputMajorLinear):
-                    sparsify.few = few_tokens(sparsify.settings[0], first.weight)
-
-    @property
-    def is_prepared(self) -> bool:
-        """Whether `prepare_for_decode` was called, and `restore` not since."""
-        return any(isinstance(layer, PreparedDecoderLayer) for layer in self.base_model.layers)
+                module.scale(factor)
 
     def prepare_for_decode(self) -> Self:
         """Make `generate` fast: from now on decoding reads the weights of the surviving features alone.
@@ -207,89 +173,48 @@ class QSparsePreTrainedModel:
 
         A graph is not used for calls that return their cache (`return_dict_in_generate`) or search beams, nor where
         the log, at info level, says why. It notices weights and sparsities that change, but not hooks, modules and
-        buffers: call `restore` before changing those. The cache of the last call is kept for the next one until then.
+        buffers: call `restore` before changing those. The KV cache of a call is offered to the next call of `generate`.
 
         Returns:
             the model itself.
 
         Raises:
+            ImportError: the model runs the code that was saved with its checkpoint; the kernels are in the package.
             ValueError: a projection is no plain linear with its weight in memory, but an adapter's, a quantizer's, an
                 offloaded one or one made in inference mode.
         """
-        if self.is_prepared:
-            return self
-        if obstacle := self._obstacle():
-            raise ValueError(f"prepare_for_decode needs plain linears with their weights in memory, and {obstacle}")
-        try:
-            for layer in self.base_model.layers:
-                layer.__class__ = _prepared(type(layer))
-                for sparsify, linears in projection_groups(layer):
-                    if sparsify.sparsity > 0:
-                        lay_out(*linears.values())
-            self._count_few_tokens()
-        except BaseException:
-            self.restore()
-            raise
+        if self.decoder is None:
+            raise ImportError(
+                "prepare_for_decode needs the package: `pip install qsparse-hf`, and `import qsparse_hf` before "
+                "from_pretrained"
+            )
+        self.decoder.prepare(self)
         return self
-
-    def _obstacle(self) -> str | None:
-        """What keeps the model from being prepared."""
-        for number, layer in enumerate(self.base_model.layers):
-            for _, linears in projection_groups(layer):
-                for name, linear in linears.items():
-                    if linear.weight.is_inference():
-                        return f"{name} of layer {number} was made in inference mode, which leaves it unchangeable"
-                    if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor or linear.weight.is_meta:
-                        kind = f"{type(linear).__module__}.{type(linear).__name__}"
-                        return (
-                            f"{name} of layer {number} is a {kind} with a "
-                            f"{type(linear.weight.data).__name__} on {linear.weight.device}; merge adapters before"
-                        )
-        return None
 
     def restore(self) -> Self:
         """Undo `prepare_for_decode`; returns the model itself."""
-        for module in self.modules():  # adapters may have come around linears since
-            if isinstance(module, InputMajorLinear):
-                put_back(module)
-            elif isinstance(module, Sparsify):
-                module.few = 0
-            elif isinstance(module, PreparedDecoderLayer):
-                module.__class__ = type(module).__bases__[1]
+        if self.decoder is not None:
+            self.decoder.restore(self)
         return self
-
-    @contextmanager
-    def as_restored(self) -> Iterator[None]:
-        """Undone for a while, for what looks at the weights' strides or hooks the projections."""
-        prepared = self.is_prepared
-        self.restore()
-        try:
-            yield
-        finally:
-            if prepared and self._obstacle() is None:
-                self.prepare_for_decode()
-
-    def _apply(self, *args, **kwargs) -> Self:  # `.to`, `.half` and their like give each parameter a tensor of its own
-        with self.as_restored():
-            return super()._apply(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As in Transformers; the folder also loads without this package through `trust_remote_code=True`."""
         declare_auto_model(self)
-        with self.as_restored():
-            actual_class = type(self)
-            self.__class__ = _unsharded(actual_class)  # saving names the class and copies the file that defines it
-            try:
-                super().save_pretrained(save_directory, *args, **kwargs)
-            finally:
-                self.__class__ = actual_class
+        actual_class = type(self)
+        self.__class__ = _unsharded(actual_class)  # saving names the class and copies the file that defines it
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = actual_class
 
 
 class QSparseModel(QSparsePreTrainedModel):
-    """A decoder without its LM head. A family names the classes its attention and feed-forward take on."""
+    """A decoder without its LM head. A family names the classes its attention, feed-forward and norms take on."""
 
     attention_class: type
     mlp_class: type
+    norm_class: type = RMSNormSparsify
+    layers: nn.ModuleList
 
     def __init__(self, config: QSparseConfigMixin) -> None:
         config.validate()  # fields may have been set since the config was made
@@ -297,15 +222,15 @@ class QSparseModel(QSparsePreTrainedModel):
         for index, layer in enumerate(self.layers):
             layer.self_attn.__class__ = self.attention_class
             layer.mlp.__class__ = self.mlp_class
-            layer.self_attn.add_sparsify(config, index)
-            layer.mlp.add_sparsify(config, index)
-            # A norm feeds nothing but the projections behind it: it may as well select.
-            for norm, group in ((layer.input_layernorm, "qkv"), (layer.post_attention_layernorm, "gate_up")):
-                norm.__class__ = RMSNormSparsify
-                norm.configure(*sparsify_settings(config, group, index))
+            layer.self_attn.o_sparsify = Sparsify(config.selection("o", index))
+            layer.mlp.down_sparsify = GLUSparsify(config.selection("down", index))
+            for group in ("qkv", "gate_up"):  # a norm that feeds nothing but these projections may as well select
+                norm = layer.get_submodule(config.projection_groups[group].selector)
+                norm.__class__ = self.norm_class
+                norm.configure(config.selection(group, index))
 
 
-class QSparseForCausalLM(QSparsePreTrainedModel):
+class QSparseForCausalLM(QSparsePreTrainedModel, GenerationMixin):
     """A decoder with its LM head. A family names its base model's class."""
 
     base_class: type
@@ -323,103 +248,3 @@ class QSparseForCausalLM(QSparsePreTrainedModel):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    _spare_cache: Cache | None = None
-    """The cache of the last call of `generate`, with the graph that decodes over it, for the next one."""
-
-    def restore(self) -> Self:
-        self._spare_cache = None
-        return super().restore()
-
-    def __getstate__(self) -> dict:
-        return vars(self) | {"_spare_cache": None}
-
-    @property
-    def _steps_as_usual(self) -> bool:
-        """Whether nobody else, a subclass or a prompt of PEFT's, has a say in what a step of `generate` is given."""
-        usual = {
-            "prepare_inputs_for_generation": QSparseForCausalLM,
-            "_update_model_kwargs_for_generation": GenerationMixin,
-        }
-        return all(
-            name not in vars(self) and getattr(type(self), name) is getattr(where, name)
-            for name, where in usual.items()
-        )
-
-    @wraps(GenerationMixin.generate)
-    def generate(self, *args, **kwargs):
-        outer = _call.cache, _call.decoding
-        _call.cache = _call.decoding = None
-        try:
-            return super().generate(*args, **kwargs)
-        finally:
-            if _call.cache is not None and self.is_prepared:
-                self._spare_cache = _call.cache
-            _call.cache, _call.decoding = outer
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ) -> None:
-        """As in Transformers; a prepared model on a GPU takes a static cache where any would do, and takes it again."""
-        ours = (
-            self.is_prepared
-            and self._steps_as_usual
-            and has_graphs(self.device)
-            and generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-            and generation_config.cache_implementation in (None, "static")
-            and generation_config.use_cache is not False
-            and model_kwargs.get("past_key_values") is None
-            # The caller may go on with a cache that is returned.
-            and not generation_config.return_dict_in_generate
-            and not generation_config.is_assistant
-            and not generation_config.prefill_chunk_size
-            and not torch.is_autocast_enabled(self.device.type)
-        )
-        if not ours:
-            return super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
-        generation_config.cache_implementation = "static"
-        sequences = batch_size * generation_config.num_return_sequences
-        size = sequences, torch.is_inference_mode_enabled()
-        spare = vars(self).pop("_spare_cache", None)  # nobody else's then
-        if spare is not None and spare.size == size and spare.asked >= max_cache_length:
-            spare.reset()
-            model_kwargs["past_key_values"] = spare
-        else:
-            super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
-            spare = model_kwargs["past_key_values"]
-            spare.size, spare.asked = size, max_cache_length
-        _call.cache = spare
-
-    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
-        """As in Transformers, but for a step that runs as a graph, which has its mask inside."""
-        if self.is_prepared and self._steps_as_usual and fits(self, past_key_values, inputs_embeds.shape[1]):
-            return attention_mask
-        return create_masks_for_generate(
-            config=config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-
-    def get_compiled_call(self, compile_config):
-        """What `generate` decodes with over a static cache: a prepared model's own graph."""
-        compiled = super().get_compiled_call(compile_config)
-        if not (self.is_prepared and self._steps_as_usual):
-            return compiled
-        _call.decoding = Decoding(self, compiled)
-        return _call.decoding
-
-    @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose signature is looked into
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, past_key_values=None, **kwargs):
-        """As in Transformers; where a graph decodes, the host has little else to do, and the device waits for it."""
-        decoding = _call.decoding
-        if next_sequence_length == 1 and decoding is not None and decoding.goes_on(input_ids, past_key_values):
-            return {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values}
-        return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
-        )

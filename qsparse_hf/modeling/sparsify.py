@@ -4,31 +4,23 @@ One selection rule holds for every implementation, bit for bit: of each token's 
 `kept_features(D, S)` survive, largest magnitude first, lowest index first among equals, and NaN counts as largest.
 
 The operator also comes behind what produces its input in a decoder, an RMSNorm or a gated activation, so that a kernel
-can do both in one pass.
+can do both in one pass. The implementations here are PyTorch's; the tables that hold them are open to kernels.
 
 Shapes: D features of a token, M features of a block, K features kept.
 """
 
-import logging
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation, GELUTanh, ReLUSquaredActivation, SiLUActivation
-from transformers.utils import is_triton_available
 
-from .backend import Missing, choose, is_numba_available, say_once
-from .sparsity import check_block_size, check_rescale, check_sparsity, kept_features
-
-if is_numba_available():
-    from .decode_numba import mask_by_counts, refuses_compiling, refuses_numba, survivors_by_counts
-    from .decode_numba import rms_norm as rms_norm_of_few
-if is_triton_available():
-    from .sparsify_ops import Kernels
+from .backend import choose
+from .sparsity import Selection
 
 # Floats of one width order like the integers with the same bits once the sign is dropped: that integer type, and the
 # bits of infinity.
@@ -39,7 +31,7 @@ _BITS = {
     torch.float64: (torch.int64, 0x7FF0000000000000),
 }
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),  # eq. 11
@@ -48,7 +40,7 @@ ACTIVATIONS = {
 }
 """Activations of a gated feed-forward that `glu_sparsify` takes, by Transformers' names."""
 
-_NAME_OF = {
+_NAME_OF: dict[type, str] = {
     SiLUActivation: "silu",
     nn.SiLU: "silu",
     nn.ReLU: "relu",
@@ -106,7 +98,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def _divide_by_l2_norm(x: Tensor) -> Tensor:
+def divide_by_l2_norm(x: Tensor) -> Tensor:
     """`x / ||x||_2` over the last dimension, computed in at least fp32; a row without a norm above 0 stays as it is."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # Neither value nor gradient depends on a constant factor; with 1 the largest entry, no square over- or underflows.
@@ -131,80 +123,76 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation](gate) * up
 
 
-class Composed:
-    """The operator from PyTorch's parts around a way to select."""
+class SparsifyImplementation(Protocol):
+    """One way to run the operator, with the straight-through estimator; each tensor `[..., D]`."""
 
-    def __init__(self, select: Callable[[Tensor, int], Tensor], refuses: Callable | None = None) -> None:
-        self.select = select
-        self.refuses = refuses or (lambda tensors, asked: None)
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        """Why it does not run on these, or None if it does; `asked` if somebody named it."""
 
-    def mask(self, x: Tensor, kept: int, block_size: int | None) -> Tensor:
-        blocks = x if block_size is None else x.unflatten(-1, (-1, block_size))
+    def mask(self, x: Tensor, selection: Selection) -> Tensor:
+        """Which features survive, bool."""
+
+    def topk(self, x: Tensor, selection: Selection) -> Tensor:
+        """`x` where it survives, rescaled where the selection says so."""
+
+    def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, selection: Selection) -> Tensor:
+        """The top-K of the root-mean-square norm."""
+
+    def glu_topk(self, gate: Tensor, up: Tensor, activation: str, selection: Selection) -> Tensor:
+        """The top-K of the gated activation."""
+
+
+class SurvivorsImplementation(Protocol):
+    """One way to keep the survivors alone."""
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        """As above."""
+
+    def survivors(self, form: str, inputs: tuple, selection: Selection) -> tuple[Tensor, Tensor]:
+        """Values and indices `[..., K]` of what one of the three forms of the operator keeps."""
+
+
+class TorchSparsify:
+    """The operator from PyTorch's parts around a way to mask blocks, `mask_blocks(x, kept)`."""
+
+    def __init__(self, mask_blocks: Callable[[Tensor, int], Tensor]) -> None:
+        self.mask_blocks = mask_blocks
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        return None
+
+    def mask(self, x: Tensor, selection: Selection) -> Tensor:
+        blocks = x if selection.block_size is None else x.unflatten(-1, (-1, selection.block_size))
         with torch.no_grad():
-            return self.select(blocks, kept).reshape(x.shape)
+            return self.mask_blocks(blocks, selection.kept_of_block(x.shape[-1])).reshape(x.shape)
 
-    def topk(self, x: Tensor, kept: int, block_size: int | None, rescale: bool) -> Tensor:
-        y = _StraightThrough.apply(x, self.mask(x, kept, block_size))
-        return _divide_by_l2_norm(y) if rescale else y
+    def topk(self, x: Tensor, selection: Selection) -> Tensor:
+        y = _StraightThrough.apply(x, self.mask(x, selection))
+        return divide_by_l2_norm(y) if selection.rescale == "l2" else y
 
-    def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, *settings) -> Tensor:
-        return self.topk(rms_norm(x, weight, eps), *settings)
+    def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, selection: Selection) -> Tensor:
+        return self.topk(rms_norm(x, weight, eps), selection)
 
-    def glu_topk(self, gate: Tensor, up: Tensor, activation: str, *settings) -> Tensor:
-        return self.topk(gated(gate, up, activation), *settings)
+    def glu_topk(self, gate: Tensor, up: Tensor, activation: str, selection: Selection) -> Tensor:
+        return self.topk(gated(gate, up, activation), selection)
 
-
-class Selected:
-    """Survivors alone, around a way to select them, `select(x, kept, block_size)`, values and indices; and perhaps
-    around a `norm` of its own, for inputs of one dtype.
-    """
-
-    def __init__(
-        self,
-        select: Callable[..., tuple[Tensor, Tensor]],
-        refuses: Callable | None = None,
-        norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm,
-    ) -> None:
-        self.select = select
-        self.refuses = refuses or (lambda tensors, asked: None)
-        self.norm = norm
-
-    def survivors(self, form: str, inputs: tuple, kept: int, block_size: int | None, rescale: bool) -> tuple:
-        if form == "rms_norm_topk":
-            x, weight, _ = inputs
-            x = (self.norm if x.dtype == weight.dtype else rms_norm)(*inputs)
-        else:
-            x = gated(*inputs) if form == "glu_topk" else inputs[0]
-        values, indices = self.select(x, kept, block_size)
-        return _divide_by_l2_norm(values) if rescale else values, indices
+    def survivors(self, form: str, inputs: tuple, selection: Selection) -> tuple[Tensor, Tensor]:
+        x = FORMS[form](*inputs)
+        indices = self.mask(x, selection).nonzero()[:, -1].view(*x.shape[:-1], selection.kept(x.shape[-1]))
+        values = x.gather(-1, indices)
+        return divide_by_l2_norm(values) if selection.rescale == "l2" else values, indices.int()
 
 
-def _survivors_of(composed: Composed, x: Tensor, kept: int, block_size: int | None) -> tuple[Tensor, Tensor]:
-    shape = *x.shape[:-1], kept * (x.shape[-1] // (block_size or x.shape[-1]))
-    indices = composed.mask(x, kept, block_size).nonzero()[:, -1].view(shape)
-    return x.gather(-1, indices), indices.int()
+FORMS: dict[str, Callable[..., Tensor]] = {"topk": lambda x: x, "rms_norm_topk": rms_norm, "glu_topk": gated}
+"""What is selected from, by the name of the method of an implementation that computes it and selects."""
 
+_TORCH, _REFERENCE = TorchSparsify(_mask_by_threshold), TorchSparsify(_mask_by_sort)
 
-_NO_NUMBA = Missing("the package numba is not installed")
+IMPLS: dict[str, SparsifyImplementation] = {"torch": _TORCH, "reference": _REFERENCE}
+"""Implementations by name, the preferred first; kernels add themselves with `backend.prefer`."""
 
-IMPLS = {
-    "triton": Kernels() if is_triton_available() else Missing("the package triton is not installed"),
-    "numba": Composed(mask_by_counts, refuses_numba) if is_numba_available() else _NO_NUMBA,
-    "torch": Composed(_mask_by_threshold),
-    "reference": Composed(_mask_by_sort),
-}
-"""Implementations by name, the preferred first. Each says what it `refuses`, and has `mask(x, kept, block_size)`, the
-bool mask of what survives, and with the straight-through estimator `topk(x, kept, block_size, rescale)`,
-`rms_norm_topk(x, weight, eps, ...)` and `glu_topk(gate, up, activation, ...)`."""
-
-SURVIVORS = {
-    "triton": IMPLS["triton"],
-    "numba": Selected(survivors_by_counts, refuses_compiling, rms_norm_of_few) if is_numba_available() else _NO_NUMBA,
-    "torch": Selected(partial(_survivors_of, IMPLS["torch"])),
-    "reference": Selected(partial(_survivors_of, IMPLS["reference"])),
-}
-"""As `IMPLS`, for what goes to a decode product: `survivors(form, inputs, kept, block_size, rescale)`, the values and
-indices that one of the three forms keeps."""
+SURVIVORS: dict[str, SurvivorsImplementation] = {"torch": _TORCH, "reference": _REFERENCE}
+"""As `IMPLS`, for what goes to a product that skips zeros."""
 
 
 def _check_floats(x: Tensor, name: str) -> None:
@@ -213,39 +201,30 @@ def _check_floats(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a tensor of {allowed}, got {getattr(x, 'dtype', type(x).__name__)}")
 
 
-def _sparsify(
-    form: str,
-    dense: Callable[..., Tensor],
-    inputs: tuple,
-    sparsity: float,
-    block_size: int | None,
-    rescale: str,
-    ste: bool,
-    backend: str | None,
-    compact: bool,
+def select(
+    form: str, inputs: tuple, selection: Selection, backend: str | None = None, compact: bool = False
 ) -> Tensor | Survivors:
-    """The top-K of `dense(*inputs)`, which the method `form` of an implementation computes in one go."""
+    """The top-K of what `FORMS[form]` makes of `inputs`; see `topk_sparsify`."""
     x = inputs[0]
-    tensors = [each for each in inputs if isinstance(each, Tensor)]
-    check_sparsity(sparsity)
-    check_rescale(rescale)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least one feature, got shape {tuple(x.shape)}")
-    check_block_size(block_size, x.shape[-1])
-    implementation = choose(SURVIVORS if compact else IMPLS, tensors, backend)
-    if sparsity == 0 and not compact:
-        return dense(*inputs)
-    kept = kept_features(block_size or x.shape[-1], sparsity)
-    if block_size == 1:  # all survive
-        kept, block_size = x.shape[-1], None
-    if compact:
+    selection.check(x.shape[-1])
+    tensors = [each for each in inputs if isinstance(each, Tensor)]
+    implementation: SparsifyImplementation | None = None
+    if not compact:
+        implementation = choose(IMPLS, tensors, backend)
+        if selection.sparsity == 0:
+            return FORMS[form](*inputs)
+    if selection.block_size == 1:  # all survive
+        selection = replace(selection, sparsity=0, block_size=None)
+    if implementation is None:
         with torch.no_grad():
-            return Survivors(*implementation.survivors(form, inputs, kept, block_size, rescale == "l2"))
-    if ste:
-        return getattr(implementation, form)(*inputs, kept, block_size, rescale == "l2")
-    x = dense(*inputs)
-    y = torch.where(implementation.mask(x, kept, block_size), x, 0)
-    return _divide_by_l2_norm(y) if rescale == "l2" else y
+            return Survivors(*choose(SURVIVORS, tensors, backend).survivors(form, inputs, selection))
+    if selection.ste:
+        return getattr(implementation, form)(*inputs, selection)
+    x = FORMS[form](*inputs)
+    y = torch.where(implementation.mask(x, selection), x, 0)
+    return divide_by_l2_norm(y) if selection.rescale == "l2" else y
 
 
 def topk_sparsify(
@@ -276,7 +255,7 @@ def topk_sparsify(
         TypeError: `x` is not of one of these dtypes.
     """
     _check_floats(x, "x")
-    return _sparsify("topk", lambda x: x, (x,), sparsity, block_size, rescale, ste, backend, compact)
+    return select("topk", (x,), Selection(sparsity, block_size, rescale, ste), backend, compact)
 
 
 def rms_norm_sparsify(
@@ -313,7 +292,8 @@ def rms_norm_sparsify(
         )
     if not isinstance(eps, int | float) or not eps >= 0:
         raise ValueError(f"eps must be a number >= 0, got {eps!r}")
-    return _sparsify("rms_norm_topk", rms_norm, (x, weight, eps), sparsity, block_size, rescale, ste, backend, compact)
+    selection = Selection(sparsity, block_size, rescale, ste)
+    return select("rms_norm_topk", (x, weight, eps), selection, backend, compact)
 
 
 def glu_sparsify(
@@ -350,52 +330,47 @@ def glu_sparsify(
             f"gate and up must be alike, got {gate.dtype} {tuple(gate.shape)} on {gate.device} "
             f"and {up.dtype} {tuple(up.shape)} on {up.device}"
         )
-    return _sparsify("glu_topk", gated, (gate, up, activation), sparsity, block_size, rescale, ste, backend, compact)
+    selection = Selection(sparsity, block_size, rescale, ste)
+    return select("glu_topk", (gate, up, activation), selection, backend, compact)
 
 
 class Sparsify(nn.Module):
-    """`topk_sparsify` with its settings, as a child without parameters: it shows in `print(model)` and takes hooks."""
+    """`topk_sparsify` with its selection, as a child without parameters: it shows in `print(model)` and takes hooks.
 
-    def __init__(self, *settings) -> None:
+    Attributes:
+        configured: the selection of the model's configuration.
+        selection: the one at work; below the configured sparsity while training ramps it up.
+    """
+
+    configured: Selection
+    selection: Selection
+
+    def __init__(self, selection: Selection) -> None:
         super().__init__()
-        self.configure(*settings)
+        self.configure(selection)
 
-    def configure(self, sparsity: float, block_size: int | None, rescale: str, ste: bool) -> None:
-        self.sparsity = sparsity
-        self.block_size = block_size
-        self.rescale = rescale
-        self.ste = ste
-        self.factor = 1.0  # below 1 while training ramps the sparsity up
-        self.few = 0  # for how many tokens at most the survivors alone go on, to a decode product
+    def configure(self, selection: Selection) -> None:
+        """Set what is selected."""
+        self.configured = self.selection = selection
 
-    @property
-    def settings(self) -> tuple[float, int | None, str, bool]:
-        return self.sparsity * self.factor, self.block_size, self.rescale, self.ste
+    def scale(self, factor: float) -> None:
+        """Run at `factor` times the configured sparsity."""
+        self.selection = self.configured.scaled(factor)
 
-    def compacts(self, x: Tensor) -> bool:
-        """Whether a decode product comes next, which wants the survivors alone."""
-        if self.few == 0 or torch.is_grad_enabled() or self.settings[0] == 0:
-            return False
-        if torch.is_autocast_enabled(x.device.type):  # it casts what linears read
-            return False
-        tokens = x.numel() // x.shape[-1]
-        if tokens > self.few and x.ndim == 3 and x.shape[1] == 1:
-            say_once(
-                logging.WARNING,
-                f"decoding {tokens} sequences at once with dense products: at sparsity {self.settings[0]:g} those that "
-                f"skip zeros are no faster beyond {self.few}",
-            )
-        return tokens <= self.few
+    def select(self, form: str, *inputs: object) -> Tensor | Survivors:
+        """The top-K of what `FORMS[form]` makes of the inputs; what prepares a model for decoding overrides it."""
+        return select(form, inputs, self.selection)
 
     def forward(self, x: Tensor) -> Tensor | Survivors:
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        training = torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled() and self.selection.sparsity > 0
+        if training and not torch.compiler.is_exporting():
             # Attention saves its output for its own backward. Selecting from it again there costs less than a second
             # tensor; an uncompiled model cannot be told so from here.
-            return checkpoint(topk_sparsify, x, *self.settings, use_reentrant=False, preserve_rng_state=False)
-        return topk_sparsify(x, *self.settings, compact=self.compacts(x))
+            return checkpoint(self.select, "topk", x, use_reentrant=False, preserve_rng_state=False)
+        return self.select("topk", x)
 
     def extra_repr(self) -> str:
-        sparsity, block_size, rescale, ste = self.settings
+        sparsity, block_size, rescale, ste = vars(self.selection).values()
         return f"sparsity={sparsity:g}, block_size={block_size}, rescale={rescale!r}, ste={ste}"
 
 
@@ -403,14 +378,19 @@ class RMSNormSparsify(Sparsify):
     """An RMSNorm and the sparsification of its output, in one pass: the class that a decoder's norms take on.
 
     Not called an RMSNorm, and none by inheritance: serving engines and kernel hubs replace what they take for one. Who
-    puts a plain norm in its place makes the projections behind it dense.
+    puts a plain norm in its place makes the projections behind it dense. An engine that tells RMSNorms by tracing
+    modules of one input passes it over for its second one.
     """
 
     weight: nn.Parameter
     variance_epsilon: float
 
-    def forward(self, x: Tensor) -> Tensor | Survivors:
-        return rms_norm_sparsify(x, self.weight, self.variance_epsilon, *self.settings, compact=self.compacts(x))
+    def forward(self, x: Tensor, selection: Selection | None = None) -> Tensor | Survivors:
+        """The norm's survivors of `x [..., D]`, by another `selection` than the configured one if that is given."""
+        inputs = x, self.weight, self.variance_epsilon
+        if selection is not None:
+            return select("rms_norm_topk", inputs, selection)
+        return self.select("rms_norm_topk", *inputs)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}, {super().extra_repr()}"
@@ -419,10 +399,9 @@ class RMSNormSparsify(Sparsify):
 class GLUSparsify(Sparsify):
     """A gated activation and the sparsification of its output, in one pass for the activations in `ACTIVATIONS`."""
 
-    def forward(self, gate: Tensor, up: Tensor, activation: nn.Module) -> Tensor | Survivors:
+    def forward(self, gate: Tensor, up: Tensor, activation: nn.Module) -> Tensor | Survivors:  # type: ignore[override]
         watched = activation._forward_hooks or activation._forward_pre_hooks or "forward" in vars(activation)
         name = _NAME_OF.get(type(activation))
-        compact = self.compacts(gate)
-        if name is None or watched or self.settings[0] == 0:
-            return topk_sparsify(activation(gate) * up, *self.settings, compact=compact)
-        return glu_sparsify(gate, up, name, *self.settings, compact=compact)
+        if name is None or watched or self.selection.sparsity == 0:
+            return self.select("topk", activation(gate) * up)
+        return self.select("glu_topk", gate, up, name)

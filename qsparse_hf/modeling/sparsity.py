@@ -1,6 +1,7 @@
-"""What a sparsity, a block size and a rescale may be, and how many features a sparsity keeps."""
+"""A selection: what a sparsity, a block size and a rescale may be, and how many features they keep."""
 
 import math
+from dataclasses import dataclass, replace
 
 RESCALES = ("none", "l2")
 
@@ -23,7 +24,7 @@ def check_sparsity(value: object, name: str = "sparsity") -> float:
 
 def check_rescale(value: object, name: str = "rescale") -> str:
     """Return `value` if it names a rescale, else raise a ValueError that begins with `name`."""
-    if value not in RESCALES:
+    if not isinstance(value, str) or value not in RESCALES:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, RESCALES))}, got {value!r}")
     return value
 
@@ -36,3 +37,39 @@ def check_block_size(value: object, features: int, name: str = "block_size", fea
         raise ValueError(
             f"{name} must be None or a positive integer that divides {features_name} ({features}), got {value!r}"
         )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which features of a token survive, and how the gradient passes (eq. 2-3, 13).
+
+    Attributes:
+        sparsity: fraction of zeros, 0 <= sparsity < 1; at 0 nothing is selected.
+        block_size: None for a top-K over all features, `M` for one inside every `M` of them (Block Q-Sparse, N:M).
+        rescale: `"l2"` divides what survived by its L2 norm.
+        ste: the mask is the identity in the backward pass (eq. 13); False masks the gradient too (eq. 12).
+    """
+
+    sparsity: float
+    block_size: int | None = None
+    rescale: str = "none"
+    ste: bool = True
+
+    def check(self, features: int) -> None:
+        """Raise a ValueError that names the value unless this selects from tokens of that many features."""
+        check_sparsity(self.sparsity)
+        check_rescale(self.rescale)
+        check_block_size(self.block_size, features)
+
+    def scaled(self, factor: float) -> "Selection":
+        """The same selection at `factor` times its sparsity."""
+        return replace(self, sparsity=self.sparsity * factor)
+
+    def kept(self, features: int) -> int:
+        """How many of a token's features survive, in all of its blocks together."""
+        block = self.block_size or features
+        return features // block * self.kept_of_block(features)
+
+    def kept_of_block(self, features: int) -> int:
+        """`K` of the top-K of each block, of a token of that many features."""
+        return kept_features(self.block_size or features, self.sparsity)

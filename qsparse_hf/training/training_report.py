@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from ..modeling.configuration_qsparse import PROJECTION_GROUPS
+from ..modeling.configuration_qsparse import GROUPS
 
 REPORT = "training_report.html"
 
@@ -16,7 +16,7 @@ _PANELS = {
     "loss (nats a token)": ("loss", "cross_entropy", "distill_kl", "eval_loss"),
     "learning rate": ("learning_rate",),
     "gradient norm": ("grad_norm",),
-    "sparsity": tuple(f"sparsity/{group}" for group in (*PROJECTION_GROUPS, "all")),
+    "sparsity": tuple(f"sparsity/{group}" for group in (*GROUPS, "all")),
     "tokens a second": ("tokens_per_second",),
     "model FLOP utilisation": ("mfu",),
 }

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backend import NAMESPACE
+from ..modeling.sparsity import Selection
 from .sparsify_triton import (
     INTERPRETED,
     glu_backward_kernel,
@@ -17,7 +17,7 @@ from .sparsify_triton import (
 )
 
 
-@torch.library.custom_op(f"{NAMESPACE}::topk", mutates_args=())
+@torch.library.custom_op("qsparse::topk", mutates_args=())
 def _topk(x: Tensor, keep: int, block_size: int | None, rescale: bool) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     y = torch.empty_like(x)
@@ -25,7 +25,7 @@ def _topk(x: Tensor, keep: int, block_size: int | None, rescale: bool) -> tuple[
     return y, norm
 
 
-@torch.library.custom_op(f"{NAMESPACE}::topk_mask", mutates_args=())
+@torch.library.custom_op("qsparse::topk_mask", mutates_args=())
 def _topk_mask(x: Tensor, keep: int, block_size: int | None) -> Tensor:
     x = x.contiguous()
     mask = torch.empty_like(x, dtype=torch.bool)
@@ -33,7 +33,7 @@ def _topk_mask(x: Tensor, keep: int, block_size: int | None) -> Tensor:
     return mask
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rms_norm_topk", mutates_args=())
+@torch.library.custom_op("qsparse::rms_norm_topk", mutates_args=())
 def _rms_norm_topk(
     x: Tensor, weight: Tensor, eps: float, keep: int, block_size: int | None, rescale: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +45,7 @@ def _rms_norm_topk(
     return y, rstd, norm
 
 
-@torch.library.custom_op(f"{NAMESPACE}::glu_topk", mutates_args=())
+@torch.library.custom_op("qsparse::glu_topk", mutates_args=())
 def _glu_topk(
     gate: Tensor, up: Tensor, activation: str, keep: int, block_size: int | None, rescale: bool
 ) -> tuple[Tensor, Tensor]:
@@ -55,24 +55,24 @@ def _glu_topk(
     return y, norm
 
 
-@torch.library.custom_op(f"{NAMESPACE}::survivors", mutates_args=())
+@torch.library.custom_op("qsparse::survivors", mutates_args=())
 def _survivors(
     x: Tensor, other: Tensor | None, producer: str, eps: float, keep: int, block_size: int | None, rescale: bool
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     dtype = torch.promote_types(x.dtype, other.dtype) if producer == "rms_norm" else x.dtype
     y = torch.empty_like(x, dtype=dtype)
-    survivors = new_lists(x, _survivors_shape(x, keep, block_size), dtype)
+    survivors = new_lists(x, _lists_shape(x, keep, block_size), dtype)
     other = None if other is None else other.contiguous()
     launch_sparsify(x, other, y, keep, block_size, producer, "l2" if rescale else "none", eps, survivors)
     return survivors
 
 
-def _survivors_shape(x: Tensor, keep: int, block_size: int | None) -> tuple[int, ...]:
+def _lists_shape(x: Tensor, keep: int, block_size: int | None) -> tuple[int, ...]:
     return *x.shape[:-1], keep * (x.shape[-1] // (block_size or x.shape[-1]))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rescale_backward", mutates_args=())
+@torch.library.custom_op("qsparse::rescale_backward", mutates_args=())
 def _rescale_backward(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
     grad_x = torch.empty_like(y)
     features = y.shape[-1]
@@ -82,7 +82,7 @@ def _rescale_backward(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
     return grad_x
 
 
-@torch.library.custom_op(f"{NAMESPACE}::rms_norm_backward", mutates_args=())
+@torch.library.custom_op("qsparse::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     features = x.shape[-1]
@@ -107,7 +107,7 @@ def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) ->
     return grad_x, grad_weight.sum(0).to(weight.dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::glu_backward", mutates_args=())
+@torch.library.custom_op("qsparse::glu_backward", mutates_args=())
 def _glu_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     gate, up = gate.contiguous(), up.contiguous()
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
@@ -149,7 +149,7 @@ def _(gate, up, activation, keep, block_size, rescale):
 @_survivors.register_fake
 def _(x, other, producer, eps, keep, block_size, rescale):
     dtype = torch.promote_types(x.dtype, other.dtype) if producer == "rms_norm" else x.dtype
-    return new_lists(x, _survivors_shape(x, keep, block_size), dtype)
+    return new_lists(x, _lists_shape(x, keep, block_size), dtype)
 
 
 @_rescale_backward.register_fake
@@ -229,7 +229,7 @@ def refuses(tensors: Sequence[Tensor], asked: bool) -> str | None:
     return None
 
 
-class Kernels:
+class TritonSparsify:
     """The operator on these kernels."""
 
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
@@ -238,7 +238,7 @@ class Kernels:
             return f"its kernels take up to 65536 features, and the input has {features}"
         return refuses(tensors, asked)
 
-    def survivors(self, form: str, inputs: tuple, kept: int, block_size: int | None, rescale: bool) -> tuple:
+    def survivors(self, form: str, inputs: tuple, selection: Selection) -> tuple[Tensor, Tensor]:
         x, *others = inputs
         if form == "topk":
             other, producer, eps = None, "none", 0.0
@@ -247,16 +247,21 @@ class Kernels:
         else:
             other, producer = others
             eps = 0.0
-        return _survivors(x, other, producer, eps, kept, block_size, rescale)
+        return _survivors(x, other, producer, eps, *_unpacked(x, selection))
 
-    def mask(self, x: Tensor, kept: int, block_size: int | None) -> Tensor:
-        return _topk_mask(x, kept, block_size)
+    def mask(self, x: Tensor, selection: Selection) -> Tensor:
+        return _topk_mask(x, selection.kept_of_block(x.shape[-1]), selection.block_size)
 
-    def topk(self, x: Tensor, kept: int, block_size: int | None, rescale: bool) -> Tensor:
-        return _topk(x, kept, block_size, rescale)[0]
+    def topk(self, x: Tensor, selection: Selection) -> Tensor:
+        return _topk(x, *_unpacked(x, selection))[0]
 
-    def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, *settings) -> Tensor:
-        return _rms_norm_topk(x, weight, eps, *settings)[0]
+    def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, selection: Selection) -> Tensor:
+        return _rms_norm_topk(x, weight, eps, *_unpacked(x, selection))[0]
 
-    def glu_topk(self, gate: Tensor, up: Tensor, activation: str, *settings) -> Tensor:
-        return _glu_topk(gate, up, activation, *settings)[0]
+    def glu_topk(self, gate: Tensor, up: Tensor, activation: str, selection: Selection) -> Tensor:
+        return _glu_topk(gate, up, activation, *_unpacked(gate, selection))[0]
+
+
+def _unpacked(x: Tensor, selection: Selection) -> tuple[int, int | None, bool]:
+    """A selection from `x [..., D]` as the custom operators take it: K of a block, M, whether to rescale."""
+    return selection.kept_of_block(x.shape[-1]), selection.block_size, selection.rescale == "l2"

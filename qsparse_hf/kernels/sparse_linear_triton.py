@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backend import NAMESPACE
-from .sparsify_ops import refuses
 from .sparsify_triton import LIST_UNIT, is_padded, launch_options, new_lists, padded_length
+from .sparsify_triton_ops import refuses
 
 try:
     import triton
@@ -91,7 +90,7 @@ def sparse_linear_kernel(
 
 
 @dataclass(frozen=True)
-class _Tile:
+class ProductTile:
     """What one program works on: ROWS, COLUMNS and STAGES of the kernel."""
 
     rows: int
@@ -100,7 +99,7 @@ class _Tile:
     stages: int
 
     @classmethod
-    def of(cls, kept: int, features: int, element_size: int) -> "_Tile":
+    def of(cls, kept: int, features: int, element_size: int) -> "ProductTile":
         """For that many features kept, and out: about as many programs as a large GPU has multiprocessors, or more.
 
         Together their loads under way have to fill the memory's pipeline; few programs with long lists load ahead.
@@ -119,7 +118,7 @@ def launch_sparse_linear(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
-    tile: _Tile | None = None,
+    tile: ProductTile | None = None,
 ) -> Tensor:
     """Run the kernel: `values`, `indices [..., K]`, `weight [D, N]`, `bias [N]`, `residual [..., N]` to `[..., N]`.
 
@@ -130,7 +129,7 @@ def launch_sparse_linear(
     tokens = math.prod(values.shape[:-1])
     if y.numel() == 0:
         return y
-    tile = tile or _Tile.of(kept, features, weight.element_size())
+    tile = tile or ProductTile.of(kept, features, weight.element_size())
     options = launch_options(values)
     with torch.cuda.device_of(values):
         sparse_linear_kernel[(triton.cdiv(features, tile.columns), tokens)](
@@ -154,7 +153,7 @@ def launch_sparse_linear(
     return y
 
 
-@torch.library.custom_op(f"{NAMESPACE}::sparse_linear", mutates_args=())
+@torch.library.custom_op("qsparse::sparse_linear", mutates_args=())
 def _sparse_linear(
     values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
@@ -171,7 +170,7 @@ def _(values, indices, weight, bias, residual):
     return values.new_empty(*values.shape[:-1], weight.shape[1])
 
 
-class Kernels:
+class TritonSparseLinear:
     """The product on this kernel."""
 
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:

@@ -5,10 +5,13 @@ One token a sequence. PyTorch has each part, but as some twenty kernels, and a d
 Shapes: B sequences, H query heads, G of them a key-value head, d head size, L entries of the cache.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .sparsify_triton import launch_options
+from .sparsify_triton_ops import refuses
 
 try:
     import triton
@@ -152,16 +155,7 @@ def decode_attention(
     scaling: float,
     arrived: Tensor,
 ) -> Tensor:
-    """One token's attention over a static cache, which gets its key and value; `[B, 1, H * d]`.
-
-    Args:
-        query: `[B, 1, H * d]`; it, key and value `[B, 1, H / G * d]` may be parts of one tensor `[B, 1, N]`.
-        cos: `[B, 1, d]`, as `sin`: the rotary embedding at each token's position.
-        keys: `[B, H / G, L, d]`, contiguous, as `values`: the cache.
-        length: int64, one number on the device: how many entries the cache has. It is left as it is.
-        mask: `[B, 1, 1, >= L]`, bool: which entries count, for padding; None for all. The new one counts anyway.
-        arrived: int32, at least B * H zeros, and left so.
-    """
+    """See `StepImplementation` in `decode/attention.py`; d is a power of two."""
     sequences, kv_heads, entries, d = keys.shape
     heads = query.shape[-1] // d
     splits = splits_of(entries)
@@ -198,3 +192,12 @@ def decode_attention(
             **options,
         )
     return y
+
+
+class TritonStep:
+    """A decode step's attention on this kernel."""
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        return refuses(tensors, asked)
+
+    attend = staticmethod(decode_attention)

@@ -285,7 +285,7 @@ def sparsify_kernel(
         gdc_launch_dependents()
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     VALUE: tl.constexpr = x_ptr.dtype.element_ty if EPILOGUE == "mask" else DTYPE
-    MANTISSA: tl.constexpr = 23 if VALUE == tl.float32 else (10 if VALUE == tl.float16 else 7)
+    MANTISSA: tl.constexpr = 23 if tl.float32 == VALUE else (10 if tl.float16 == VALUE else 7)
     W: tl.constexpr = TOKENS * UNITS * WORDS
     word = tl.arange(0, W)
     token = tl.program_id(0).to(tl.int64) * TOKENS + word // (UNITS * WORDS)
@@ -511,7 +511,7 @@ def whole_row(features: int) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class _Tile:
+class SparsifyTile:
     """What one program works on: `tokens` x `units` x `words` of 32 features; `fields` blocks share a word."""
 
     features: int  # of a token, or of a unit where tokens need not be told apart
@@ -527,7 +527,7 @@ class _Tile:
     @classmethod
     def of(
         cls, features: int, block_size: int | None, whole_tokens: bool, value_bits: int, few: bool = False
-    ) -> "_Tile":
+    ) -> "SparsifyTile":
         """For a tensor that fills the GPU, or for `few` tokens, of which each is to be done soon."""
         unit = block_size or features
         fields = 1
@@ -587,7 +587,7 @@ def launch_sparsify(
         return rstd, norm
     value = x if epilogue == "mask" else y
     whole_tokens = producer == "rms_norm" or epilogue == "l2" or compact
-    tile = _Tile.of(features, block_size, whole_tokens, 8 * value.element_size(), compact)
+    tile = SparsifyTile.of(features, block_size, whole_tokens, 8 * value.element_size(), compact)
     tokens = x.numel() // tile.features
     registers = tile.registers(producer)
     options = {"maxnreg": registers} if registers and not torch.version.hip else {}

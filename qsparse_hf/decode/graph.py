@@ -15,11 +15,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, Static
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from transformers.utils import is_triton_available
 
-from .backend import runs, say_once
-from .sparsify import SURVIVORS, Sparsify
-
-if is_triton_available():
-    from .decode_attention_triton import decode_attention
+from ..modeling.backend import runs, say_once
+from ..modeling.sparsify import SURVIVORS, Sparsify
+from .attention import STEP_IMPLS
+from .transformers_names import CACHE
 
 
 def _has_room(layer: CacheLayerMixin) -> bool:
@@ -95,7 +94,7 @@ class DecodeGraph:
         """What a graph was captured with, and cannot notice the change of."""
         model = self.model()
         places = tuple(parameter.data_ptr() for parameter in model.parameters())
-        return places, tuple(module.settings for module in model.modules() if isinstance(module, Sparsify))
+        return places, tuple(module.selection for module in model.modules() if isinstance(module, Sparsify))
 
     @property
     def moved(self) -> bool:
@@ -119,18 +118,17 @@ class DecodeGraph:
         scaling: float,
     ) -> Tensor:
         """What an attention module does between its projections."""
-        return decode_attention(
-            query, key, value, cos, sin, layer.keys, layer.values, self.lengths[0], mask, scaling, self.arrived
-        )
+        entries = layer.keys, layer.values, self.lengths[0]
+        return STEP_IMPLS["triton"].attend(query, key, value, cos, sin, *entries, mask, scaling, self.arrived)
 
     def _step(self) -> Tensor:
         outputs = self.model()(
             self.tokens,
             position_ids=self.positions,
             attention_mask=self.mask,
-            past_key_values=self.cache(),
             use_cache=True,
             decode_step=self,
+            **{CACHE: self.cache()},
         )
         torch._foreach_add_([*self.lengths, self.positions], 1)
         return outputs.logits
@@ -176,7 +174,7 @@ class DecodeGraph:
             self.graph.replay()
         for layer in self.windows:
             layer.cumulative_length_int += 1
-        return CausalLMOutputWithPast(logits=self.logits, past_key_values=self.cache())
+        return CausalLMOutputWithPast(logits=self.logits, **{CACHE: self.cache()})
 
 
 class Decoding:
@@ -187,26 +185,26 @@ class Decoding:
         self.forward = forward
         self.graph: DecodeGraph | None = None
 
-    def goes_on(self, input_ids: Tensor, past_key_values: object) -> bool:
+    def goes_on(self, input_ids: Tensor, cache: object) -> bool:
         """Whether the graph takes the next step too: it knows all but the token."""
         graph = self.graph
-        if graph is None or graph.cache() is not past_key_values or not self.model.is_prepared:
+        if graph is None or graph.cache() is not cache or not self.model.is_prepared:
             return False
         return graph.serves(len(input_ids))
 
-    def __call__(self, input_ids: Tensor, past_key_values: object, **inputs) -> ModelOutput:
-        if self.goes_on(input_ids, past_key_values):
+    def __call__(self, input_ids: Tensor, **inputs) -> ModelOutput:
+        cache = inputs[CACHE]
+        if self.goes_on(input_ids, cache):
             return self.graph(input_ids)
-        given = {"input_ids": input_ids, "past_key_values": past_key_values, **inputs}
         if inputs.get("output_attentions") or inputs.get("output_hidden_states"):
-            return self.model(**given)
-        if not fits(self.model, past_key_values, input_ids.shape[1]):
-            return self.forward(**given)
-        graph = getattr(past_key_values, "decode_graph", None)
+            return self.model(input_ids=input_ids, **inputs)
+        if not fits(self.model, cache, input_ids.shape[1]):
+            return self.forward(input_ids=input_ids, **inputs)
+        graph = getattr(cache, "decode_graph", None)
         if graph is not None and graph.moved:
-            return self.model(**given)
+            return self.model(input_ids=input_ids, **inputs)
         if graph is None or graph.model() is not self.model or not graph.serves(len(input_ids)):
-            graph = past_key_values.decode_graph = DecodeGraph(self.model, past_key_values, len(input_ids))
+            graph = cache.decode_graph = DecodeGraph(self.model, cache, len(input_ids))
         self.graph = graph
         graph.start(inputs.get("position_ids"), inputs.get("attention_mask"))
         return graph(input_ids)

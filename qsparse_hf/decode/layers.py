@@ -1,0 +1,131 @@
+"""The modules of a prepared model: each is the class of `modeling/` or of the dense family it was, and reads survivors.
+
+A selection hands on its survivors alone where a product that skips zeros comes next. Residual sums come with these
+products.
+"""
+
+import logging
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..modeling.backend import say_once
+from ..modeling.modeling_qsparse import Block, QSparseAttention, QSparseMLP, take_cache
+from ..modeling.sparsify import Sparsify, Survivors, select
+from .attention import attend, is_slow
+from .graph import DecodeGraph
+from .layout import project
+
+
+class Prepared:
+    """A class that an object of a prepared model has taken on; mixed in before the one it had."""
+
+    unprepared: ClassVar[type]
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        _, _, *rest = super().__reduce_ex__(protocol)  # would look for the class by its name
+        return _new_prepared, (Prepared.mixin_of(type(self)), self.unprepared), *rest
+
+    @staticmethod
+    def mixin_of(prepared: type) -> type:
+        return prepared.__bases__[0]
+
+
+@cache
+def prepared_class(mixin: type, unprepared: type) -> type:
+    """`unprepared` with `mixin` before it. It keeps the name: FSDP and `device_map` match layers by it."""
+    names = {"unprepared": unprepared, "__module__": unprepared.__module__, "__qualname__": unprepared.__qualname__}
+    return type(unprepared.__name__, (mixin, unprepared), names)
+
+
+def _new_prepared(mixin: type, unprepared: type) -> object:
+    made = prepared_class(mixin, unprepared)
+    return made.__new__(made)
+
+
+class PreparedSparsify(Prepared, Sparsify):
+    """A selection that hands on survivors alone where a product that skips zeros comes next."""
+
+    few: int = 0
+    """For how many tokens at most."""
+
+    def select(self, form: str, *inputs: object) -> Tensor | Survivors:
+        compact = self._compacts(inputs[0])
+        return select(form, inputs, self.selection, compact=compact)
+
+    def _compacts(self, x: Tensor) -> bool:
+        if self.few == 0 or torch.is_grad_enabled() or self.selection.sparsity == 0:
+            return False
+        if torch.is_autocast_enabled(x.device.type):  # it casts what linears read
+            return False
+        tokens = x.numel() // x.shape[-1]
+        if tokens > self.few and x.ndim == 3 and x.shape[1] == 1:
+            say_once(
+                logging.WARNING,
+                f"decoding {tokens} sequences at once with dense products: at sparsity {self.selection.sparsity:g} "
+                f"those that skip zeros are no faster beyond {self.few}",
+            )
+        return tokens <= self.few
+
+
+class PreparedBlock(Prepared, Block):
+    """Projections that read tensors or survivors."""
+
+    def project(self, x: Tensor | Survivors, *linears: nn.Module, residual: Tensor | None = None) -> tuple[Tensor, ...]:
+        return project(x, *linears, residual=residual)
+
+
+class PreparedAttention(PreparedBlock, QSparseAttention):
+    """Attention of a prepared model; in a step that runs as a graph, between the projections one kernel."""
+
+    def forward(
+        self,
+        hidden_states: Tensor | Survivors,  # [B, T, D], sparse
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        residual: Tensor | None = None,  # [B, T, D], is added to the output
+        decode_step: DecodeGraph | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        cache = take_cache(kwargs)
+        query, key, value = self.read(hidden_states)
+        token_shape = query.shape[:-1]
+        weights = None
+        if decode_step is not None:
+            flat = (heads.transpose(1, 2).flatten(2) for heads in self.split_heads(query, key, value))
+            layer = cache.layers[self.layer_idx]
+            output = decode_step.attend(*flat, *position_embeddings, layer, attention_mask, self.scaling)
+        else:
+            query, key, value = self.split_heads(query, key, value)
+            query, key = self.rotate(query, key, *position_embeddings)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+            output, weights = self.attend(query, key, value, attention_mask, **kwargs)
+            output = output.reshape(*token_shape, -1).contiguous()
+        return self.project(self.o_sparsify(output), self.o_proj, residual=residual)[0], weights
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs) -> tuple:
+        implementation = self.config._attn_implementation
+        if not self.training and is_slow(query, key, attention_mask, implementation, kwargs):
+            return attend(query, key, value, attention_mask, self.scaling), None
+        return super().attend(query, key, value, attention_mask, **kwargs)
+
+
+class PreparedMLP(PreparedBlock, QSparseMLP):
+    """Feed-forward of a prepared model."""
+
+    def forward(self, x: Tensor | Survivors, residual: Tensor | None = None) -> Tensor:
+        return self.project(self.down_sparsify(*self.read(x), self.act_fn), self.down_proj, residual=residual)[0]
+
+
+class PreparedDecoderLayer(Prepared, nn.Module):
+    """A decoder layer whose residual sums come with the decode products."""
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        if self.training:  # a family may drop out between
+            return super().forward(hidden_states, **kwargs)
+        x = self.input_layernorm(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states=x, residual=hidden_states, **kwargs)
+        return self.mlp(self.post_attention_layernorm(hidden_states), residual=hidden_states)

@@ -1,0 +1,127 @@
+"""`prepare_for_decode` and `restore`: the modules of a model take on the classes of `layers.py`, and give them back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+from torch import Tensor, nn
+
+from ..modeling.modeling_qsparse import QSparseAttention, QSparseForCausalLM, QSparseMLP, QSparsePreTrainedModel
+from ..modeling.sparsify import Sparsify
+from .generation import PreparedGeneration
+from .layers import Prepared, PreparedAttention, PreparedDecoderLayer, PreparedMLP, PreparedSparsify, prepared_class
+from .layout import InputMajorLinear, few_tokens, lay_out, put_back
+
+
+class PreparedModel(Prepared, QSparsePreTrainedModel):
+    """A model whose layers are prepared."""
+
+    is_prepared = True
+
+    def scale_sparsity(self, factor: float) -> None:
+        super().scale_sparsity(factor)
+        _count_few_tokens(self)
+
+    def _apply(self, *args, **kwargs) -> Self:  # `.to`, `.half` and their like give each parameter a tensor of its own
+        with as_restored(self):
+            return self._apply(*args, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        with as_restored(self):
+            self.save_pretrained(*args, **kwargs)
+
+
+class PreparedForCausalLM(PreparedGeneration, PreparedModel):
+    """A prepared model that generates."""
+
+
+_MIXINS = {
+    QSparseForCausalLM: PreparedForCausalLM,
+    QSparsePreTrainedModel: PreparedModel,
+    QSparseAttention: PreparedAttention,
+    QSparseMLP: PreparedMLP,
+    Sparsify: PreparedSparsify,
+}
+
+
+def _take_on(module: nn.Module, mixin: type) -> None:
+    module.__class__ = prepared_class(mixin, type(module))
+
+
+def prepare(model: QSparsePreTrainedModel) -> None:
+    """See `QSparsePreTrainedModel.prepare_for_decode`.
+
+    Raises:
+        ValueError: a projection is no plain linear with its weight in memory.
+    """
+    if model.is_prepared:
+        return
+    if reason := obstacle(model):
+        raise ValueError(f"prepare_for_decode needs plain linears with their weights in memory, and {reason}")
+    try:
+        for module in list(model.modules()):
+            for plain, mixin in _MIXINS.items():
+                if isinstance(module, plain) and not isinstance(module, Prepared):
+                    _take_on(module, mixin)
+                    break
+        for layer in model.base_model.layers:
+            _take_on(layer, PreparedDecoderLayer)
+        for _, selector, linears in projection_groups(model):
+            if selector.configured.sparsity > 0:
+                lay_out(*linears.values())
+        _count_few_tokens(model)
+    except BaseException:
+        restore(model)
+        raise
+
+
+def restore(model: QSparsePreTrainedModel) -> None:
+    """Undo `prepare`."""
+    for module in model.modules():  # adapters may have come around linears since
+        if isinstance(module, InputMajorLinear):
+            put_back(module)
+        elif isinstance(module, Prepared):
+            vars(module).pop("few", None)
+            vars(module).pop("_spare_cache", None)
+            module.__class__ = module.unprepared
+
+
+@contextmanager
+def as_restored(model: QSparsePreTrainedModel) -> Iterator[None]:
+    """Undone for a while, for what looks at the weights' strides or hooks the projections."""
+    prepared = model.is_prepared
+    restore(model)
+    try:
+        yield
+    finally:
+        if prepared and obstacle(model) is None:
+            prepare(model)
+
+
+def projection_groups(model: QSparsePreTrainedModel) -> Iterator[tuple[int, Sparsify, dict[str, nn.Linear]]]:
+    """Each projection group: its layer's number, what selects, and the linears that read what it selected, by name."""
+    for number, layer in enumerate(model.base_model.layers):
+        for group in model.config.projection_groups.values():
+            linears = {path: layer.get_submodule(path) for path in group.linears}
+            yield number, layer.get_submodule(group.selector), linears
+
+
+def _count_few_tokens(model: QSparsePreTrainedModel) -> None:
+    for _, selector, linears in projection_groups(model):
+        first = next(iter(linears.values()))
+        if isinstance(first, InputMajorLinear):
+            selector.few = few_tokens(selector.selection.sparsity, first.weight)
+
+
+def obstacle(model: QSparsePreTrainedModel) -> str | None:
+    """What keeps the model from being prepared."""
+    for number, _, linears in projection_groups(model):
+        for name, linear in linears.items():
+            where = f"{name} of layer {number}"
+            if linear.weight.is_inference():
+                return f"{where} was made in inference mode, which leaves it unchangeable"
+            if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor or linear.weight.is_meta:
+                kind = f"{type(linear).__module__}.{type(linear).__name__}"
+                held = f"{type(linear.weight.data).__name__} on {linear.weight.device}"
+                return f"{where} is a {kind} with a {held}; merge adapters before"
+    return None

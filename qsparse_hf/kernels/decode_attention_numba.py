@@ -1,0 +1,76 @@
+"""One token's attention on a CPU, compiled by Numba: a thread has a head, whose entries it reads once.
+
+Floats come as integers, see `numba_base.py`. B sequences, H heads, L entries of the cache, d head size.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from .numba_base import bits_of, kernel, read, refuses_compiling, threads_for, write
+
+
+@kernel(parallel=True, fastmath={"contract", "nsz", "reassoc"})
+def _attend(query, keys, values, bias, scaling, y):
+    """One token's `y [B, H, d]`, as `query`; `keys` and `values [B, H, L, d]`; `bias [B, L]`, or an empty one.
+
+    A thread has a head, whose entries it reads once.
+    """
+    sequences, heads, entries, d = keys.shape
+    for work in prange(sequences * heads):
+        sequence, head = work // heads, work % heads
+        scaled, weights = np.empty(d, np.float32), np.empty(entries, np.float32)
+        for i in range(d):
+            scaled[i] = read(query[sequence, head, i]) * scaling
+        for entry in range(entries):
+            key = keys[sequence, head, entry]
+            score = np.float32(0)
+            for i in range(d):
+                score += scaled[i] * read(key[i])
+            weights[entry] = score + bias[sequence, entry] if bias.size else score
+        largest, total = weights.max(), np.float32(0)
+        if largest == -np.inf:  # no entry counts: zeros, as PyTorch's has it
+            largest, total = np.float32(0), np.float32(1)
+        for entry in range(entries):
+            weights[entry] = np.exp(weights[entry] - largest)
+            total += weights[entry]
+        sums = np.zeros(d, np.float32)
+        for entry in range(entries):
+            value = values[sequence, head, entry]
+            for i in range(d):
+                sums[i] += weights[entry] * read(value[i])
+        for i in range(d):
+            y[sequence, head, i] = write(sums[i] / total, y)
+
+
+class NumbaAttend:
+    """`attend` of `decode/attention.py`, for heads with keys of their own: groups go to PyTorch's faster product."""
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        query, keys = tensors[0], tensors[1]
+        if query.shape[1] != keys.shape[1]:
+            return f"its kernel takes as many key-value heads as heads, and got {keys.shape[1]} and {query.shape[1]}"
+        return refuses_compiling(tensors, asked)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        sequences, heads, _, d = query.shape
+        y = query.new_empty(sequences, 1, heads, d)
+        bias = np.empty((0, 0), np.float32)
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                mask = mask.new_zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, -math.inf)
+            bias = mask.float().expand(sequences, 1, 1, keys.shape[2])[:, 0, 0].contiguous().numpy()
+        with threads_for(2 * keys.numel()):
+            _attend(
+                bits_of(query).reshape(sequences, heads, d),
+                bits_of(keys),
+                bits_of(values),
+                bias,
+                np.float32(scaling),
+                bits_of(y).reshape(sequences, heads, d),
+            )
+        return y

@@ -1,0 +1,156 @@
+"""What kernels on a CPU share: Numba's compiler, floats as it takes them, and its threads.
+
+Floats come as integers of the same bits, which tell the dtype too, as Numba knows no bfloat16: `uint16` for bf16,
+`int16` for fp16, `uint32` for fp32.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core.caching import FunctionCache
+from numba.extending import intrinsic
+from torch import Tensor
+
+_WORTH_A_THREAD = 1 << 16
+"""From how many multiplications on a second thread is woken."""
+
+
+class _CompileCache(FunctionCache):
+    """Numba's on-disk compile cache; any failure to read or write it means compiling again."""
+
+    def load_overload(self, sig: tuple, target_context: object) -> object:
+        found = super().load_overload(sig, target_context)
+        # Processes that compile for two dtypes at once may give their files one name.
+        return found if found is None or found.signature.args == tuple(sig) else None
+
+    @contextmanager
+    def _guard_against_spurious_io_errors(self) -> Iterator[None]:
+        with suppress(Exception):  # a full disk, a file that was cut off, and what unpickling such a file raises
+            yield
+
+
+def kernel(**options) -> Callable[[Callable], Callable]:
+    """Compile a function with Numba, once for all processes that share its on-disk compile cache."""
+
+    def compiled(function: Callable) -> Callable:
+        kernel = njit(nogil=True, error_model="numpy", **options)(function)
+        with suppress(RuntimeError):  # no place to write to, beside this file or with the user's caches
+            kernel._cache = _CompileCache(function)
+        return kernel
+
+    return compiled
+
+
+@intrinsic
+def read(context, bits):
+    """The float of these bits, as fp32."""
+
+    def generate(context, builder, signature, arguments):
+        (x,) = arguments
+        if bits == types.int16:
+            return builder.fpext(builder.bitcast(x, ir.HalfType()), ir.FloatType())
+        if bits == types.uint16:
+            x = builder.shl(builder.zext(x, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(x, ir.FloatType())
+
+    return types.float32(bits), generate
+
+
+@intrinsic
+def write(context, x, array):
+    """The bits of an fp32 number rounded, to nearest even, to what the array holds."""
+    target = array.dtype
+
+    def generate(context, builder, signature, arguments):
+        x, word = arguments[0], ir.IntType(32)
+        if target == types.int16:
+            return builder.bitcast(builder.fptrunc(x, ir.HalfType()), ir.IntType(16))
+        bits = builder.bitcast(x, word)
+        if target == types.uint32:
+            return bits
+        upper = builder.lshr(bits, word(16))
+        odd = builder.and_(upper, word(1))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, word(0x7FFF))), word(16))
+        is_nan = builder.fcmp_unordered("uno", x, x)
+        return builder.trunc(builder.select(is_nan, builder.or_(upper, word(0x40)), rounded), ir.IntType(16))
+
+    return target(types.float32, array), generate
+
+
+KINDS = {
+    torch.bfloat16: (torch.uint16, 0x7F80),
+    torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.uint32, 0x7F800000),
+}
+"""By dtype: the integer that stands for it, and infinity's bits."""
+
+
+class Threads:
+    """Numba's threads, as many as PyTorch has; one caller at a time, as not all of its thread pools bear two."""
+
+    def __init__(self) -> None:
+        self.started = self.lost = False
+        self.lock = threading.Lock()
+
+    def fork(self) -> None:
+        """What a child process has: the lock may have been held, and threads that had been started are not there."""
+        self.lost = self.started
+        self.lock = threading.Lock()
+
+    @contextmanager
+    def __call__(self, steps: int) -> Iterator[None]:
+        """For that many multiplications or the like: few are done before a second thread has woken."""
+        threads = torch.get_num_threads()
+        with self.lock:
+            self.started = True
+            numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS) if steps >= _WORTH_A_THREAD else 1)
+            yield
+        if torch.get_num_threads() != threads:  # Numba's first call sets OpenMP's number, which is PyTorch's too
+            torch.set_num_threads(threads)
+
+
+threads_for = Threads()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=threads_for.fork)
+
+
+def refuses(tensors: Sequence[Tensor], asked: bool) -> str | None:
+    """Why these kernels do not run on these, or None."""
+    if numba.config.DISABLE_JIT:
+        return "NUMBA_DISABLE_JIT is set"
+    if threads_for.lost:
+        return "its threads do not survive a fork, and this process was forked from one that had them"
+    if torch.compiler.is_exporting():
+        return "what is exported is to run where they are not"
+    for each in tensors:
+        if each.dtype not in KINDS:
+            return f"its kernels take bf16, fp16 and fp32, and got {each.dtype}"
+        if each.device.type != "cpu":
+            return f"its kernels are for CPUs, and the input is on {each.device.type}"
+    return None
+
+
+def refuses_compiling(tensors: Sequence[Tensor], asked: bool) -> str | None:
+    """As `refuses`, for what is no operator of PyTorch, as that would double its time for few tokens."""
+    if torch.compiler.is_compiling():
+        return "torch.compile cannot trace its kernels"
+    return refuses(tensors, asked)
+
+
+def bits_of(x: Tensor) -> np.ndarray:
+    """`x` as an array of integers with the same bits and shape; of its memory where it is contiguous."""
+    return x.contiguous().view(KINDS[x.dtype][0]).numpy()
+
+
+@cache
+def nothing(integer: torch.dtype, ndim: int) -> np.ndarray:
+    """An array without elements, by which a kernel knows that there is no bias or residual."""
+    return torch.empty((0,) * ndim, dtype=integer, device="cpu").numpy()

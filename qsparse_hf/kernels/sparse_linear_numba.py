@@ -1,0 +1,110 @@
+"""The decode product on a CPU, compiled by Numba: it reads the kept rows as fast as memory gives them.
+
+Floats come as integers, see `numba_base.py`. T tokens, D features in, K of them kept, N features out.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from llvmlite import ir
+from numba import prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from torch import Tensor
+
+from .numba_base import KINDS, bits_of, kernel, nothing, read, refuses_compiling, threads_for, write
+
+_LINE = 32
+"""Values of 16 bits in a cache line."""
+_PARTS = 8
+"""In how many parts the kept rows are summed."""
+_PIECE = 1024
+"""Features out that are finished together."""
+
+
+@intrinsic
+def _prefetch(context, array, at):
+    """Ask for the cache line of an element of a contiguous array."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        builder.call(prefetch, [address, number(0), number(3), number(1)])  # to read, into all caches, as data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@kernel(parallel=True, fastmath={"contract", "nsz"})
+def _multiply(values, indices, weight, bias, residual, y):
+    """`y [T, N] = values @ weight[indices] + bias + residual`; an empty one of these is none.
+
+    Parts of the kept rows are summed beside each other, in fp32, and then their sums, as many for any number of
+    threads. Four rows at a time are four streams from memory, and their sums are loaded and stored once. Where the
+    next four begin is asked for early; from there on the processor sees the streams by itself.
+    """
+    tokens, kept = values.shape
+    features = weight.shape[1]
+    share = ((kept + _PARTS - 1) // _PARTS + 3) // 4 * 4
+    partial_sums = np.zeros((tokens, _PARTS, features), np.float32)
+    for work in prange(tokens * _PARTS):
+        token, part = work // _PARTS, work % _PARTS
+        value, row, sums = values[token], indices[token], partial_sums[token, part]
+        first, end = min(part * share, kept), min((part + 1) * share, kept)
+        fours = first + (end - first) // 4 * 4
+        for k in range(first, fours, 4):
+            v0, v1, v2, v3 = read(value[k]), read(value[k + 1]), read(value[k + 2]), read(value[k + 3])
+            row_0, row_1, row_2, row_3 = weight[row[k]], weight[row[k + 1]], weight[row[k + 2]], weight[row[k + 3]]
+            for following in range(k + 4, min(k + 8, end)):
+                next_row = weight[row[following]]
+                for n in range(0, min(features, 4 * _LINE), _LINE):
+                    _prefetch(next_row, n)
+            for n in range(features):
+                sums[n] += (v0 * read(row_0[n]) + v1 * read(row_1[n])) + (v2 * read(row_2[n]) + v3 * read(row_3[n]))
+        for k in range(fours, end):
+            v0, row_0 = read(value[k]), weight[row[k]]
+            for n in range(features):
+                sums[n] += v0 * read(row_0[n])
+    for piece in prange((features + _PIECE - 1) // _PIECE):
+        start, end = piece * _PIECE, min((piece + 1) * _PIECE, features)
+        for token in range(tokens):
+            sums = partial_sums[token, 0]
+            for part in range(1, _PARTS):
+                for n in range(start, end):
+                    sums[n] += partial_sums[token, part, n]
+            if bias.size:
+                for n in range(start, end):
+                    sums[n] += read(bias[n])
+            if residual.size:
+                for n in range(start, end):
+                    y[token, n] = write(read(residual[token, n]) + read(write(sums[n], y)), y)
+            else:
+                for n in range(start, end):
+                    y[token, n] = write(sums[n], y)
+
+
+class NumbaSparseLinear:
+    """The decode product on these kernels."""
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        return refuses_compiling(tensors, asked)
+
+    def product(
+        self, values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        integer, _ = KINDS[weight.dtype]
+        tokens, kept, features = math.prod(values.shape[:-1]), values.shape[-1], weight.shape[1]
+        y = values.new_empty(*values.shape[:-1], features)
+
+        def bits(each: Tensor | None, *shape: int) -> np.ndarray:
+            return nothing(integer, len(shape)) if each is None else bits_of(each).reshape(shape)
+
+        lists = bits(values, tokens, kept), indices.contiguous().numpy().reshape(tokens, kept)
+        added = bits(bias, features), bits(residual, tokens, features)
+        with threads_for(tokens * kept * features):
+            _multiply(*lists, bits(weight, *weight.shape), *added, bits(y, tokens, features))
+        return y

@@ -1,0 +1,180 @@
+"""The operator and its survivors on a CPU, compiled by Numba.
+
+The selection finds the K-th magnitude bit by bit, counting as many at once as a register holds. PyTorch's own operators
+do that too, with some fifty microseconds of their own each time.
+
+Floats come as integers, see `numba_base.py`. T tokens, D features, M of a block, K of them kept.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from ..modeling.sparsify import FORMS, TorchSparsify, divide_by_l2_norm
+from ..modeling.sparsity import Selection
+from .numba_base import KINDS, bits_of, kernel, read, refuses, refuses_compiling, threads_for, write
+
+_TOGETHER = 8
+"""Blocks that one thread masks in a row."""
+_SMALL = 16
+"""Up to how many features a block's are ranked one against all."""
+_COUNTED = 1 << 14
+"""Magnitudes whose number 15 bits can hold."""
+
+
+@kernel(fastmath={"contract", "nsz", "reassoc"})
+def _normalise(x, gain, eps, y):
+    """The root-mean-square norm of each row of `x [T, D]`, rounded where Transformers' Llama rounds."""
+    tokens, features = x.shape
+    for token in range(tokens):
+        squares = np.float32(0)
+        for i in range(features):
+            squares += read(x[token, i]) ** 2
+        scale = np.float32(1) / np.sqrt(squares / np.float32(features) + eps)
+        for i in range(features):
+            y[token, i] = write(read(gain[i]) * read(write(read(x[token, i]) * scale, y)), y)
+
+
+@kernel()
+def _count_from(magnitudes, least):
+    """How many are that large. Counts as wide as the magnitudes fill a vector register, and are added in time."""
+    integer, count = magnitudes.dtype.type, 0
+    for start in range(0, magnitudes.size, _COUNTED):
+        part, few = magnitudes[start : start + _COUNTED], integer(0)
+        for i in range(part.size):
+            few = integer(few + integer(part[i] >= least))
+        count += np.int64(few)
+    return count
+
+
+@kernel()
+def _find_least(magnitudes, keep):
+    """From which on there are `keep`, or more if some are equal, and how many: bit by bit, or by ranks if few."""
+    integer = magnitudes.dtype.type
+    least, found = integer(0), magnitudes.size
+    if magnitudes.size <= _SMALL:
+        for i in range(magnitudes.size):
+            before = 0
+            for j in range(magnitudes.size):
+                before += (magnitudes[j] > magnitudes[i]) | ((magnitudes[j] == magnitudes[i]) & (j < i))
+            if before == keep - 1:
+                least = magnitudes[i]
+        return least, _count_from(magnitudes, least)
+    for bit in range(8 * magnitudes.itemsize - 2, -1, -1):
+        higher = integer(least | integer(1 << bit))
+        count = _count_from(magnitudes, higher)
+        if count >= keep:
+            least, found = higher, count
+            if count == keep:
+                break
+    return least, found
+
+
+@kernel()
+def _mark(bits, infinity, keep, magnitudes):
+    """Fill in the magnitudes of a block, and return from which on they are those of its `keep` largest.
+
+    One is added to each, so that 0 says of those that equal the last to be kept, and come after it, that they go.
+    """
+    integer = bits.dtype.type
+    mask, nan = integer((1 << (8 * bits.itemsize - 1)) - 1), integer(infinity + 1)  # NaN is largest
+    for i in range(bits.size):
+        magnitudes[i] = integer(min(integer(bits[i] & mask), nan) + 1)
+    least, found = _find_least(magnitudes, keep)
+    i = bits.size
+    while found > keep:
+        i -= 1
+        if magnitudes[i] == least:
+            magnitudes[i] = 0
+            found -= 1
+    return least
+
+
+@kernel()
+def _fill_lists(bits, infinity, block, keep, values, indices):
+    """The survivors' bits and places `[T, K]`, by index."""
+    tokens, features = bits.shape
+    magnitudes = np.empty(block, bits.dtype)
+    for token in range(tokens):
+        place = 0
+        for start in range(0, features, block):
+            least = _mark(bits[token, start : start + block], infinity, keep, magnitudes)
+            end, i = place + keep, 0
+            while place < end:  # each is written, and the next one over it if it does not survive: nothing to predict
+                values[token, place], indices[token, place] = bits[token, start + i], start + i
+                place += np.int64(magnitudes[i] >= least)
+                i += 1
+
+
+@kernel(parallel=True)
+def _fill_mask(bits, infinity, keep, mask):
+    """Which survive of each block, `[blocks, M]`."""
+    blocks, block = bits.shape
+    for chunk in prange((blocks + _TOGETHER - 1) // _TOGETHER):
+        magnitudes = np.empty(block, bits.dtype)
+        for i in range(chunk * _TOGETHER, min((chunk + 1) * _TOGETHER, blocks)):
+            least = _mark(bits[i], infinity, keep, magnitudes)
+            for k in range(block):
+                mask[i, k] = magnitudes[k] >= least
+
+
+@torch.library.custom_op("qsparse::mask_by_counts", mutates_args=())
+def mask_by_counts(x: Tensor, kept: int) -> Tensor:
+    """Which of the last dimension survive the top-K, of the shape of `x [..., M]`."""
+    mask = x.new_empty(x.shape, dtype=torch.bool)
+    if x.numel():
+        with threads_for(8 * x.numel()):
+            bits = bits_of(x).reshape(-1, x.shape[-1])
+            _fill_mask(bits, KINDS[x.dtype][1], kept, mask.numpy().reshape(bits.shape))
+    return mask
+
+
+@mask_by_counts.register_fake
+def _(x, kept):
+    return x.new_empty(x.shape, dtype=torch.bool)
+
+
+@mask_by_counts.register_vmap
+def _(info, in_dims, x, kept):
+    return mask_by_counts(x.movedim(in_dims[0], 0), kept), 0
+
+
+class NumbaSparsify(TorchSparsify):
+    """The operator with this way to select; inside compiled code too."""
+
+    def __init__(self) -> None:
+        super().__init__(mask_by_counts)
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        return refuses(tensors, asked)
+
+
+class NumbaSurvivors:
+    """Survivors by index, behind a norm that is a kernel too."""
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        return refuses_compiling(tensors, asked)
+
+    def survivors(self, form: str, inputs: tuple, selection: Selection) -> tuple[Tensor, Tensor]:
+        own_norm = form == "rms_norm_topk" and inputs[0].dtype == inputs[1].dtype
+        x = _rms_norm(*inputs) if own_norm else FORMS[form](*inputs)
+        features = x.shape[-1]
+        shape = *x.shape[:-1], selection.kept(features)
+        values, indices = x.new_empty(shape), x.new_empty(shape, dtype=torch.int32)
+        if x.numel():
+            rows, lists = bits_of(x).reshape(-1, features), (-1, shape[-1])
+            kept = bits_of(values).reshape(lists), indices.numpy().reshape(lists)
+            block = selection.block_size or features
+            _fill_lists(rows, KINDS[x.dtype][1], block, selection.kept_of_block(features), *kept)
+        return divide_by_l2_norm(values) if selection.rescale == "l2" else values, indices
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `FORMS` has it, for a few tokens `[..., D]` and a `weight [D]` of their dtype."""
+    y = x.new_empty(x.shape)
+    rows = -1, x.shape[-1]
+    _normalise(bits_of(x).reshape(rows), bits_of(weight), np.float32(eps), bits_of(y).reshape(rows))
+    return y
