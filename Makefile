@@ -2,24 +2,33 @@ PYTHON ?= python3
 BIN = .venv/bin
 READY = .venv/.ready
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-oldest test-newest lint clean
 
 # The whole path on real text, in minutes on a CPU.
 quickstart: $(READY)
 	$(BIN)/qsparse quickstart --output quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --cov --cov-report term:skip-covered
+
+# What must hold on every Transformers that pip may choose.
+test-oldest test-newest: test-%: .venv-%/.ready
+	.venv-$*/bin/python -m pytest --numprocesses auto --maxprocesses 4 tests/test_transformers.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The environment; made anew when its description changes.
-$(READY): pyproject.toml constraints.txt
+# The environments; made anew when their description changes.
+$(READY): pyproject.toml constraints/pinned.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints/pinned.txt --editable ".[dev]"
 	touch $(READY)
 
+.venv-%/.ready: pyproject.toml constraints/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --constraint constraints/$*.txt --editable ".[test]"
+	touch $@
+
 clean:
-	rm -rf .venv quickstart runs
+	rm -rf .venv .venv-oldest .venv-newest quickstart runs
