@@ -4,6 +4,7 @@ Tensors go from safetensors to safetensors one output shard at a time, so the me
 the model's size. The output is written beside its place and renamed into it when it is whole.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -12,7 +13,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ _NOT_TAKEN = (
 _MOST_LAYERS = 1000  # a check before anything is built for every layer
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ConversionPlan:
     """What a conversion writes.
 
@@ -235,8 +235,9 @@ def _configs(folder: Path, fields: dict[str, Any]) -> tuple[PreTrainedConfig, QS
     if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
         raise UserError(f"{path}: num_hidden_layers must be an integer from 1 to {_MOST_LAYERS}, got {layers!r}")
     family = FAMILIES[model_type]
+    names = {field.name for field in dataclasses.fields(family)}
     for key in described:
-        if key not in family.__dataclass_fields__ and not isinstance(getattr(family, key, property()), property):
+        if key not in names and not isinstance(getattr(family, key, property()), property):
             raise UserError(f"{path}: the key {key!r} would hide what the class of the configuration calls so")
     with user_errors(path):
         dense = AutoConfig.for_model(model_type, **described)
@@ -349,13 +350,14 @@ def _staging(output: Path, overwrite: bool, size: int) -> Iterator[Path]:
             finally:
                 tidy()
                 Path(lock.lock_file).unlink(missing_ok=True)
-                with suppress(OSError):  # the first that is not empty
-                    for folder in made:
-                        folder.rmdir()
     except Timeout:
         raise UserError(f"another conversion is writing {output}") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {output}: {error}") from None
+    finally:
+        with suppress(OSError):  # of the first that is not empty
+            for folder in made:
+                folder.rmdir()
 
 
 def _download_config(source: str, revision: str | None) -> Path:
