@@ -27,6 +27,7 @@ INDEX = "model.safetensors.index.json"
 HEADER_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes that are converted, by their names in a safetensors header."""
 
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.")
 # Old Llama checkpoints carry these; Transformers computes them from the configuration, and ignores them too.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 
@@ -128,9 +129,8 @@ def check_layers(layers: int, tensors: Iterable[str], folder: Path) -> None:
     Raises:
         UserError: they differ.
     """
-    held = 1 + max(
-        (int(found[1]) for name in tensors if (found := re.search(r"\blayers\.(\d{1,9})\.", name))), default=-1
-    )
+    numbers = [int(found[1]) for name in tensors if (found := _LAYER.match(name))]
+    held = max(numbers, default=-1) + 1
     if layers != held:
         raise UserError(f"{folder / CONFIG} asks for {layers} layers, but the weights hold {held}")
 
@@ -157,11 +157,11 @@ def match_tensors(tensors: dict[str, StoredTensor], model: PreTrainedModel, fold
             raise UserError(f"{tensor.path}: {name} has shape {tensor.shape}, but {CONFIG} asks for {shape}")
         if tensor.dtype not in HEADER_DTYPES:
             raise UserError(f"{tensor.path}: {name} is of dtype {tensor.dtype}; allowed are {', '.join(HEADER_DTYPES)}")
-    _judge_unknown([name for name in tensors if name not in expected and not _DERIVED.search(name)], model, folder)
+    _check_unknown([name for name in tensors if name not in expected and not _DERIVED.search(name)], model, folder)
     return {name: found[name] for name in expected if name in found}
 
 
-def _judge_unknown(unknown: list[str], model: PreTrainedModel, folder: Path) -> None:
+def _check_unknown(unknown: list[str], model: PreTrainedModel, folder: Path) -> None:
     """Say how many stored tensors the model does not read; refuse them where the model computes with their like."""
     modules = {name for name, _ in model.named_modules() if name}
     layers = f"{model.base_model_prefix}.layers."

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
 from .checkpoint import (
@@ -155,21 +155,20 @@ def convert_checkpoint(
     local = os.path.isdir(source)
     folder = Path(source) if local else _download_config(source, revision)
     dense, config = _configs(folder, fields)
-    known = local or not dry_run
-    if known:
+    if local or not dry_run:
         folder = folder if local else _download(source, revision)
         tensors = locate_tensors(folder)
         check_layers(config.num_hidden_layers, tensors, folder)
-        dense.name_or_path = source  # which decides on some tokenizers' class
-        tokenizer_config, code = _describe_tokenizer(folder, dense)
-    with torch.device("meta"), user_errors(source):
-        model = AutoModelForCausalLM.from_config(config)
-    expected = model.state_dict()
-    if known:
+        model = _empty_model(config, source)
         held = match_tensors(tensors, model, folder)
         dtypes = {name: HEADER_DTYPES[tensor.dtype] for name, tensor in held.items()}
+        dense.name_or_path = source  # which decides on some tokenizers' class
+        tokenizer_config, code = _describe_tokenizer(folder, dense)
     else:
-        dtypes = {name: config.dtype or torch.float32 for name in expected if name not in model.all_tied_weights_keys}
+        model = _empty_model(config, source)
+        untied = [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
+        dtypes = dict.fromkeys(untied, config.dtype or torch.float32)
+    expected = model.state_dict()
     written = {
         name: torch.empty_like(expected[name], dtype=DTYPES[dtype] if dtype else held_dtype)
         for name, held_dtype in dtypes.items()
@@ -197,12 +196,10 @@ def convert_checkpoint(
 
 def _shard_limit(size: int | str) -> int | str:
     """`size` as `split_torch_state_dict_into_shards` takes it, if it is a positive number of bytes."""
-    text = str(size).strip()
-    if not re.fullmatch(r"\d{1,18}(\.\d+)?\s*[KMGT]B|\d{1,18}", text, re.IGNORECASE | re.ASCII) or not text.strip(
-        "0.BKMGTbkmgt "
-    ):
+    found = re.fullmatch(r"(\d{1,18})|(\d{1,9}(?:\.\d+)?)\s*[KMGT]B", str(size).strip(), re.IGNORECASE | re.ASCII)
+    if not found or not float(found[1] or found[2]):
         raise UserError(f"max_shard_size must be a positive number of bytes, or a size like '5GB', got {size!r}")
-    return int(text) if text.isdigit() else text
+    return int(found[1]) if found[1] else found[0]
 
 
 def _check_target(output: Path, source: Path, overwrite: bool) -> None:
@@ -223,6 +220,8 @@ def _check_target(output: Path, source: Path, overwrite: bool) -> None:
 def _configs(folder: Path, fields: dict[str, Any]) -> tuple[PreTrainedConfig, QSparseConfigMixin]:
     """The dense configuration in `folder`, and its Q-Sparse twin with `fields`."""
     path = folder / CONFIG
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing: {folder} is not a Transformers checkpoint")
     described = read_json(path)
     model_type = described.get("model_type")
     if model_type not in list(FAMILIES):
@@ -242,8 +241,13 @@ def _configs(folder: Path, fields: dict[str, Any]) -> tuple[PreTrainedConfig, QS
     with user_errors(path):
         dense = AutoConfig.for_model(model_type, **described)
         config = family(**{key: value for key, value in dense.to_dict().items() if key not in _NOT_TAKEN} | fields)
-        config.to_json_string()
+        config.to_json_string()  # what cannot be written is said now
     return dense, config
+
+
+def _empty_model(config: QSparseConfigMixin, source: str) -> PreTrainedModel:
+    with torch.device("meta"), user_errors(source):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _describe_tokenizer(folder: Path, dense: PreTrainedConfig) -> tuple[dict[str, Any] | None, list[Path]]:
@@ -294,7 +298,7 @@ def _copy(files: Iterable[Path], folder: Path, target: Path) -> None:
 
 def _main_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     """The dtype of most parameters, which is what `dtype="auto"` loads a checkpoint in."""
-    parameters = Counter()
+    parameters: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         parameters[tensor.dtype] += tensor.numel()
     return parameters.most_common(1)[0][0]
