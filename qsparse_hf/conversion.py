@@ -229,6 +229,8 @@ def _configs(folder: Path, fields: dict[str, Any]) -> tuple[PreTrainedConfig, QS
         raise UserError(f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}{hint}")
     if described.get("quantization_config"):
         raise UserError(f"{path}: a quantized checkpoint cannot be converted; give the original weights")
+    if leads := [key for key in ("configuration_files", "transformers_weights") if described.get(key)]:
+        raise UserError(f"{path}: {leads[0]} leads to other files than the ones converted here; remove the key")
     described = {key: value for key, value in described.items() if key not in _NOT_TAKEN}
     layers = described.get("num_hidden_layers", 1)
     if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:

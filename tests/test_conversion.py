@@ -486,6 +486,8 @@ def drop_tensor(folder):
         (set_config(num_hidden_layers="2"), {}, "num_hidden_layers must be .*, got '2'"),
         (set_config(save_pretrained="x"), {}, "'save_pretrained' would hide"),
         (set_config(attribute_map={"sparsity": "vocab_size"}), {}, "'attribute_map' would hide"),
+        (set_config(configuration_files=["config.9.0.0.json"]), {}, "configuration_files leads to other files"),
+        (set_config(transformers_weights="../x.safetensors"), {}, "transformers_weights leads to other files"),
         (set_config(sparsity_blocksize=32), {}, "did you mean sparsity_block_size"),
         (drop_weights, {}, "neither model.safetensors nor"),
         (drop_tensor, {}, "lacks 'model.norm.weight', which the index says"),

@@ -55,7 +55,9 @@ nested = st.sampled_from([10, 500, 900, 100_000]).map(lambda depth: "[" * depth 
 keys = st.one_of(
     st.sampled_from(sorted(QSparseLlamaConfig.__dataclass_fields__)),
     st.sampled_from(sorted(name for name in dir(QSparseLlamaConfig))),
-    st.sampled_from(["num_labels", "rope_scaling", "auto_map", "transformers_weights", "per_layer_config", "head_dim"]),
+    st.sampled_from(
+        ["num_labels", "rope_scaling", "auto_map", "transformers_weights", "per_layer_config", "temperature"]
+    ),
     st.text(max_size=8),
 )
 
@@ -117,6 +119,7 @@ def check(sources: Path, kind: str, change) -> None:
 @example("num_hidden_layers", "1000000000")
 @example("num_labels", "1000000000")
 @example("auto_map", '{"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}')
+@example("configuration_files", '["config.4.0.0.json"]')
 @example("x", "9" * 5000)
 def test_a_key_of_the_configuration(sources, key, value):
     def change(folder):
