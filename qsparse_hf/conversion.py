@@ -359,7 +359,7 @@ def _staging(output: Path, overwrite: bool, size: int) -> Iterator[Path]:
     except Timeout:
         raise UserError(f"another conversion is writing {output}") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {output}: {error}") from None
+        raise UserError(f"cannot write {output}: {first_line(error)}") from None
     finally:
         with suppress(OSError):  # of the first that is not empty
             for folder in made:
