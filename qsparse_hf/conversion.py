@@ -4,52 +4,75 @@ Tensors go from safetensors to safetensors one output shard at a time, so the me
 the model's size. The output is written beside its place and renamed into it when it is whole.
 """
 
+import dataclasses
 import json
+import logging
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import StateDictSplit, hf_hub_download, snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
-from .errors import UserError, user_errors
+from .checkpoint import (
+    CONFIG,
+    HEADER_DTYPES,
+    INDEX,
+    StoredTensor,
+    check_layers,
+    locate_tensors,
+    match_tensors,
+    read_json,
+)
+from .errors import UserError, first_line, user_errors
 from .modeling.configuration_qsparse import QSPARSE_FIELDS, QSparseConfigMixin
 from .modeling.modeling_qsparse import declare_auto_model
 from .registration import FAMILIES
 from .report import count_parameters
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HEADER_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+logger = logging.getLogger(__name__)
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 # What goes along unchanged: how to make tokens, how to generate, under which licence.
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 _COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
+    *_TOKENIZER_FILES,
     "chat_template*",
-    "additional_chat_templates*",
+    "additional_chat_templates/*.jinja",
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",
 )
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+
+# Of the dense configuration: what the Q-Sparse class says itself, and what a causal language model does not read.
+_NOT_TAKEN = (
+    "model_type",
+    "architectures",
+    "transformers_version",
+    "auto_map",
+    "_name_or_path",
+    "base_model_tp_plan",
+    "base_model_pp_plan",
+    "num_labels",
+)
+_MOST_LAYERS = 1000  # a check before anything is built for every layer
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ConversionPlan:
     """What a conversion writes.
 
@@ -118,31 +141,34 @@ def convert_checkpoint(
         raise UserError(f"unknown field {unknown[0]!r}; allowed are {', '.join(QSPARSE_FIELDS)}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    limit = _shard_limit(max_shard_size)
     _check_target(output, Path(source), overwrite)
 
     local = os.path.isdir(source)
-    config = _qsparse_config(source if local else _download_config(source, revision), fields)
-    with torch.device("meta"), user_errors(source):
-        model = AutoModelForCausalLM.from_config(config)
-    expected = model.state_dict()
-
-    if dry_run and not local:
-        held = dict.fromkeys(_required(model), config.dtype or torch.float32)
+    folder = Path(source) if local else _download_config(source, revision)
+    dense, config = _configs(folder, fields)
+    if local or not dry_run:
+        folder = folder if local else _download(source, revision)
+        tensors = locate_tensors(folder)
+        check_layers(config.num_hidden_layers, tensors, folder)
+        model = _empty_model(config, source)
+        held = match_tensors(tensors, model, folder)
+        dtypes = {name: HEADER_DTYPES[tensor.dtype] for name, tensor in held.items()}
+        dense.name_or_path = source  # which decides on some tokenizers' class
+        tokenizer_config, code = _describe_tokenizer(folder, dense)
     else:
-        folder = Path(source if local else _download(source, revision))
-        where = _locate_tensors(folder)
-        held = _check_tensors(where, expected, _required(model), folder)
+        model = _empty_model(config, source)
+        untied = [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
+        dtypes = dict.fromkeys(untied, config.dtype or torch.float32)
+    expected = model.state_dict()
     written = {
         name: torch.empty_like(expected[name], dtype=DTYPES[dtype] if dtype else held_dtype)
-        for name, held_dtype in held.items()
+        for name, held_dtype in dtypes.items()
     }
     config.architectures = [type(model).__name__]
     config.dtype = _main_dtype(written.values())
-    try:
-        limit = int(max_shard_size) if str(max_shard_size).isdigit() else max_shard_size
-        shards = split_torch_state_dict_into_shards(written, max_shard_size=limit)
-    except ValueError as error:
-        raise UserError(f"max_shard_size must be bytes or a size like '5GB', got {max_shard_size!r}") from error
+    declare_auto_model(model)
+    shards = split_torch_state_dict_into_shards(written, max_shard_size=limit)
     total, activated = count_parameters(model)
     plan = ConversionPlan(
         output, config, shards, shards.metadata["total_size"], model.num_parameters(), total, activated
@@ -151,140 +177,140 @@ def convert_checkpoint(
         return plan
 
     with _staging(output, overwrite, plan.size) as staging:
-        _write_weights(staging, where, written, shards)
-        for pattern in _COMPANIONS:
-            for companion in folder.glob(pattern):
-                (shutil.copytree if companion.is_dir() else shutil.copy)(companion, staging / companion.name)
-        # The configuration last: a folder without it does not load.
-        declare_auto_model(model)
+        _write_weights(staging, held, written, shards)
         custom_object_save(model, staging, config=config)
-        config.save_pretrained(staging)
+        _copy({*code, *(file for pattern in _COMPANIONS for file in folder.glob(pattern))}, folder, staging)
+        if tokenizer_config:
+            (staging / _TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+        config.save_pretrained(staging)  # last: a folder without it does not load
     return plan
 
 
+def _shard_limit(size: int | str) -> int | str:
+    """`size` as `split_torch_state_dict_into_shards` takes it, if it is a positive number of bytes."""
+    found = re.fullmatch(r"(\d{1,18})|(\d{1,9}(?:\.\d+)?)\s*[KMGT]B", str(size).strip(), re.IGNORECASE | re.ASCII)
+    if not found or not float(found[1] or found[2]):
+        raise UserError(f"max_shard_size must be a positive number of bytes, or a size like '5GB', got {size!r}")
+    return int(found[1]) if found[1] else found[0]
+
+
 def _check_target(output: Path, source: Path, overwrite: bool) -> None:
-    if output.resolve() in (source.resolve(), *source.resolve().parents):
+    try:
+        place, origin = output.resolve(), source.resolve()
+        exists = output.exists()
+        in_use = exists and (not output.is_dir() or (any(output.iterdir()) and not (output / CONFIG).exists()))
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a loop of links
+        raise UserError(f"the output {str(output)!r} cannot be written: {first_line(error)}") from None
+    if place in (origin, *origin.parents):
         raise UserError(f"the output {output} is or holds the source; choose another folder")
-    if not output.exists():
-        return
-    if not overwrite:
+    if exists and not overwrite:
         raise UserError(f"{output} exists already; remove it or pass overwrite=True (--overwrite)")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").exists()):
+    if in_use:
         raise UserError(f"{output} is not a checkpoint, so it is not overwritten; remove it or choose another folder")
 
 
-def _qsparse_config(folder: str | os.PathLike, fields: dict) -> PreTrainedConfig:
-    path = Path(folder) / "config.json"
-    try:
-        described = json.loads(path.read_text())
-        model_type = described["model_type"]
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {folder} is not a Transformers checkpoint") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a Transformers configuration ({type(error).__name__}: {error})") from None
+def _configs(folder: Path, fields: dict[str, Any]) -> tuple[PreTrainedConfig, QSparseConfigMixin]:
+    """The dense configuration in `folder`, and its Q-Sparse twin with `fields`."""
+    path = folder / CONFIG
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing: {folder} is not a Transformers checkpoint")
+    described = read_json(path)
+    model_type = described.get("model_type")
     if model_type not in list(FAMILIES):
         hint = "; it is Q-Sparse already" if str(model_type).startswith("qsparse") else ""
         raise UserError(f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}{hint}")
     if described.get("quantization_config"):
         raise UserError(f"{path}: a quantized checkpoint cannot be converted; give the original weights")
+    if leads := [key for key in ("configuration_files", "transformers_weights") if described.get(key)]:
+        raise UserError(f"{path}: {leads[0]} leads to other files than the ones converted here; remove the key")
+    described = {key: value for key, value in described.items() if key not in _NOT_TAKEN}
+    layers = described.get("num_hidden_layers", 1)
+    if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
+        raise UserError(f"{path}: num_hidden_layers must be an integer from 1 to {_MOST_LAYERS}, got {layers!r}")
+    family = FAMILIES[model_type].config
+    names = {field.name for field in dataclasses.fields(family)}
+    for key in described:
+        if key not in names and not isinstance(getattr(family, key, property()), property):
+            raise UserError(f"{path}: the key {key!r} would hide what the class of the configuration calls so")
     with user_errors(path):
-        dense = AutoConfig.from_pretrained(folder).to_dict()
-        for key in ("model_type", "architectures", "transformers_version", "auto_map"):
-            dense.pop(key, None)
-        return FAMILIES[model_type].config(**dense | fields)
+        dense = AutoConfig.for_model(model_type, **described)
+        config = family(**{key: value for key, value in dense.to_dict().items() if key not in _NOT_TAKEN} | fields)
+        config.to_json_string()  # what cannot be written is said now
+    return dense, config
 
 
-def _locate_tensors(folder: Path) -> dict[str, Path]:
-    """The file each tensor lies in."""
-    single, index = folder / _WEIGHTS, folder / _INDEX
-    if single.exists():  # where both are there, Transformers reads this one
-        return dict.fromkeys(_header(single), single)
-    if not index.exists():
-        raise UserError(
-            f"{folder} has neither {_WEIGHTS} nor {_INDEX}; weights in other formats are not read, "
-            "save them with `save_pretrained` first"
-        )
+def _empty_model(config: QSparseConfigMixin, source: str) -> PreTrainedModel:
+    with torch.device("meta"), user_errors(source):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _describe_tokenizer(folder: Path, dense: PreTrainedConfig) -> tuple[dict[str, Any] | None, list[Path]]:
+    """What the converted `tokenizer_config.json` has to say (None: as it is), and the code that defines the tokenizer.
+
+    For a dense model `AutoTokenizer` picks the class by `model_type`, whatever the file says. It does not know our
+    types and takes the class in the file, which therefore becomes the one that it picks for the dense model.
+    """
+    path = folder / _TOKENIZER_CONFIG
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        return None, []
+    described = read_json(path) if os.path.lexists(path) else {}
+    with user_errors(path):
+        auto_map = described.get("auto_map") or {}
+        if references := auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map:
+            return None, _code_files(folder, references)
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        where = {name: folder / file for name, file in weight_map.items()}
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{index} is not a safetensors index") from None
-    for path in sorted(set(where.values())):
-        if path.parent != folder or not path.exists():
-            raise UserError(f"{path} is missing: {index.name} names it")
-    return where
+        picked = AutoTokenizer.from_pretrained(folder, config=dense, trust_remote_code=False, mistral_format=False)
+    except Exception as error:  # whatever a broken file, or a missing package, makes a tokenizer raise
+        logger.warning("the tokenizer in %s does not load and is copied as it is: %s", folder, first_line(error))
+        return None, []
+    return described | {"tokenizer_class": type(picked).__name__}, []
 
 
-def _header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor in a safetensors file, which is thereby known to have its full length."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or corrupt: {error}") from None
+def _code_files(folder: Path, references: Iterable[str | None]) -> list[Path]:
+    """The files in `folder` that define the classes an `auto_map` names (`module.Class`), with what they import."""
+    files = []
+    for reference in references:
+        if reference and "--" not in reference:  # which names another repository
+            module = folder / f"{reference.rpartition('.')[0]}.py"
+            files += [module, *map(Path, get_relative_import_files(module))]
+    for file in files:
+        if file.parent != folder or not os.path.isfile(file):
+            raise UserError(f"{folder} lacks {str(file)!r}, which defines its tokenizer")
+    return files
 
 
-def _required(model: PreTrainedModel) -> list[str]:
-    """Names a checkpoint must hold: all but the tied ones."""
-    return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
-
-
-def _check_tensors(
-    where: dict[str, Path], expected: dict[str, torch.Tensor], required: list[str], folder: Path
-) -> dict[str, torch.dtype]:
-    """Dtype of each tensor to convert, after a look at every file's header."""
-    headers = {path: _header(path) for path in sorted(set(where.values()))}
-    if missing := [name for name in required if name not in where]:
-        raise UserError(f"{folder} lacks {len(missing)} tensor(s) of the model, {missing[0]} for one")
-    held = {}
-    for name in expected:
-        if name not in where:
-            continue
-        path = where[name]
-        if name not in headers[path]:
-            raise UserError(f"{path} lacks {name}, which the index says is there")
-        shape, dtype = headers[path][name]
-        if shape != tuple(expected[name].shape):
-            raise UserError(f"{path}: {name} has shape {shape}, config.json asks for {tuple(expected[name].shape)}")
-        if dtype not in _HEADER_DTYPES:
-            raise UserError(f"{path}: {name} is of dtype {dtype}; allowed are {', '.join(_HEADER_DTYPES)}")
-        held[name] = _HEADER_DTYPES[dtype]
-    return held
+def _copy(files: Iterable[Path], folder: Path, target: Path) -> None:
+    """Copy those of `files` that are files, links to files included, to the same place under `target`."""
+    for file in files:
+        if file.is_file():
+            place = target / file.relative_to(folder)
+            place.parent.mkdir(exist_ok=True)
+            if place.exists():
+                raise UserError(f"{file} would replace a file of Q-Sparse's own of that name; rename it")
+            shutil.copy(file, place)
 
 
 def _main_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
     """The dtype of most parameters, which is what `dtype="auto"` loads a checkpoint in."""
-    parameters = Counter()
+    parameters: Counter[torch.dtype] = Counter()
     for tensor in tensors:
         parameters[tensor.dtype] += tensor.numel()
     return parameters.most_common(1)[0][0]
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    cast = tensor.to(dtype)
-    if dtype == torch.float16 != tensor.dtype and cast.isinf().any() and not tensor.isinf().any():
-        raise UserError(f"{name} has values beyond float16's range; use bfloat16")
-    return cast
-
-
 def _write_weights(
-    staging: Path, where: dict[str, Path], written: dict[str, torch.Tensor], shards: StateDictSplit
+    staging: Path, held: dict[str, StoredTensor], written: dict[str, torch.Tensor], shards: StateDictSplit
 ) -> None:
     with tqdm(total=shards.metadata["total_size"], unit="B", unit_scale=True, desc="converting") as progress:
         for file, names in shards.filename_to_tensors.items():
             tensors = {}
             for name in names:
-                try:
-                    with safe_open(where[name], framework="pt") as shard:
-                        tensors[name] = _cast(shard.get_tensor(name), written[name].dtype, name)
-                except (SafetensorError, OSError) as error:
-                    raise UserError(f"{where[name]}: {name} cannot be read: {error}") from None
+                tensors[name] = held[name].read(written[name].dtype)
                 progress.update(tensors[name].nbytes)
             save_file(tensors, staging / file, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (staging / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (staging / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 @contextmanager
@@ -297,6 +323,7 @@ def _staging(output: Path, overwrite: bool, size: int) -> Iterator[Path]:
     parent = output.parent
     staging, retired = (parent / f".{output.name}.{suffix}" for suffix in ("partial", "replaced"))
     lock = FileLock(parent / f".{output.name}.lock")
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
 
     def tidy() -> None:
         if retired.exists() and not output.exists():
@@ -324,18 +351,22 @@ def _staging(output: Path, overwrite: bool, size: int) -> Iterator[Path]:
     except Timeout:
         raise UserError(f"another conversion is writing {output}") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {output}: {error}") from None
+        raise UserError(f"cannot write {output}: {first_line(error)}") from None
+    finally:
+        with suppress(OSError):  # of the first that is not empty
+            for folder in made:
+                folder.rmdir()
 
 
 def _download_config(source: str, revision: str | None) -> Path:
     with _hub_errors(source):
-        return Path(hf_hub_download(source, "config.json", revision=revision)).parent
+        return Path(hf_hub_download(source, CONFIG, revision=revision)).parent
 
 
-def _download(source: str, revision: str | None) -> str:
-    patterns = ["config.json", "model*.safetensors", _INDEX, *_COMPANIONS]
+def _download(source: str, revision: str | None) -> Path:
+    patterns = [CONFIG, "model*.safetensors", INDEX, "*.py", *_COMPANIONS]
     with _hub_errors(source):
-        return snapshot_download(source, revision=revision, allow_patterns=patterns)
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
 
 @contextmanager

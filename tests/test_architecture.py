@@ -17,7 +17,7 @@ ORDER = [
     {"kernels"},
     {"registration"},
     {"__init__"},
-    {"measure", "report", "training.schedule", "training.distillation", "training.throughput"}
+    {"checkpoint", "measure", "report", "training.schedule", "training.distillation", "training.throughput"}
     | {"training.sources", "training.sharding"},
     {"conversion", "training.data", "training.faults", "training.training_report"},
     {"bench", "training.streaming"},

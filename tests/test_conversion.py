@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, dense_config, make, run_python, run_qsparse
+from conftest import FAMILIES, REPOSITORY, dense_config, make, run_python, run_qsparse
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
+from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
 
 from qsparse_hf.cli import main
@@ -92,6 +93,33 @@ def test_tied_embeddings_stay_tied(family, tmp_path, tokens):
     assert torch.equal(sparse(tokens).logits, dense(tokens).logits)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("kept", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_either_of_a_tied_pair_suffices(family, tmp_path, tokens, kept, sharded):
+    """`safetensors.torch.save_model` writes the head alone, `save_pretrained` the embedding."""
+    dense = make(dense_config(family, tie_word_embeddings=True))
+    dense.save_pretrained(tmp_path / "dense")
+    weights = tmp_path / "dense" / "model.safetensors"
+    save_model(dense, str(weights), metadata={"format": "pt"})
+    tensors = load_file(weights)
+    assert "model.embed_tokens.weight" not in tensors
+    tensors[kept] = tensors.pop("lm_head.weight")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    if sharded:
+        weights.unlink()
+        parts = {"a.safetensors": {kept: tensors.pop(kept)}, "b.safetensors": tensors}
+        for file, part in parts.items():
+            save_file(part, tmp_path / "dense" / file, metadata={"format": "pt"})
+        index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+        (tmp_path / "dense" / "model.safetensors.index.json").write_text(json.dumps(index))
+    convert_checkpoint(tmp_path / "dense", tmp_path / "sparse", sparsity=0, max_shard_size="40KB")
+    written = json.loads((tmp_path / "sparse" / "model.safetensors.index.json").read_text())
+    assert "lm_head.weight" not in written["weight_map"]
+    shard = load_file(tmp_path / "sparse" / written["weight_map"]["model.embed_tokens.weight"])
+    assert torch.equal(shard["model.embed_tokens.weight"], dense.lm_head.weight)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")(tokens).logits, dense(tokens).logits)
+
+
 def test_where_a_single_file_and_an_index_lie_together_the_file_is_read_as_transformers_does(tmp_path):
     make(dense_config("llama"), seed=1).save_pretrained(tmp_path / "dense", max_shard_size="120KB")
     sharded = {path: path.read_bytes() for path in (tmp_path / "dense").glob("model*")}
@@ -130,17 +158,139 @@ def test_a_converted_folder_loads_without_this_package(tmp_path):
     assert done.stdout.split() == ["QSparseLlamaForCausalLM", "QSparseLlamaModel"]
 
 
-def test_mixed_dtypes_and_overflow(tmp_path):
+WITHOUT_THE_PACKAGE = """
+import json, sys; sys.modules["qsparse_hf"] = None
+from transformers import AutoTokenizer
+trust = sys.argv[1] == "trust"
+ids = [AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)("a</s>a")["input_ids"] for folder in sys.argv[2:]]
+print(json.dumps(ids))
+"""
+
+
+def test_a_converted_tokenizer_gives_its_parents_ids_with_this_package_and_without(tmp_path):
+    """`AutoTokenizer` knows the dense types, and there often overrules the class that the file names."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3, "a": 4, "\u2581a": 5}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("\u2581", "a")], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    folders, expected = [], []
+    for family in FAMILIES:
+        for declared in ("LlamaTokenizer", "PreTrainedTokenizerFast", None):
+            dense = tmp_path / f"{family}-{declared}"
+            make(dense_config(family)).save_pretrained(dense)
+            tokenizer.save(str(dense / "tokenizer.json"))
+            if declared:
+                (dense / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": declared} | special))
+            ids = AutoTokenizer.from_pretrained(dense)("a</s>a")["input_ids"]
+            sparse, again = tmp_path / f"{dense.name}-sparse", tmp_path / f"{dense.name}-again"
+            convert_checkpoint(dense, sparse)
+            AutoTokenizer.from_pretrained(sparse).save_pretrained(again)
+            shutil.copy(sparse / "config.json", again)
+            for folder in (sparse, again):
+                assert AutoTokenizer.from_pretrained(folder)("a</s>a")["input_ids"] == ids
+                folders.append(folder)
+                expected.append(ids)
+            if family == "mistral" and declared == "LlamaTokenizer":
+                assert ids == [5, 2, 5]
+    # Two classes at work, or the comparison would say nothing.
+    assert [5, 2, 5] in expected
+    assert [5, 2, 4] in expected
+    done = run_python(WITHOUT_THE_PACKAGE, "plain", *folders)
+    assert json.loads(done.stdout) == expected
+
+
+@pytest.fixture
+def coded(tmp_path):
+    """A dense checkpoint whose tokenizer is defined by two files in its folder, which write `run` when they are run."""
+    folder = tmp_path / "dense"
+    make(dense_config("llama")).save_pretrained(folder)
+    mark = f"open({str(tmp_path / 'run')!r}, 'w').close()\n"
+    (folder / "letters.py").write_text(mark + "LETTERS = ['<unk>', 'a', '<', '/', 's', '>']\n")
+    (folder / "tokenization_letters.py").write_text(
+        mark + "from transformers import PreTrainedTokenizer\n"
+        "from .letters import LETTERS\n"
+        "class LetterTokenizer(PreTrainedTokenizer):\n"
+        "    vocab_size = len(LETTERS)\n"
+        "    def get_vocab(self): return {letter: number for number, letter in enumerate(LETTERS)}\n"
+        "    def _tokenize(self, text): return list(text)\n"
+        "    def _convert_token_to_id(self, token): return LETTERS.index(token)\n"
+        "    def _convert_id_to_token(self, number): return LETTERS[number]\n"
+        "    def save_vocabulary(self, *_, **__): return ()\n"
+    )
+    (folder / "unrelated.py").touch()
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "LetterTokenizer",
+                "auto_map": {"AutoTokenizer": ["tokenization_letters.LetterTokenizer", None]},
+            }
+        )
+    )
+    return folder
+
+
+def test_a_tokenizer_of_code_goes_along_and_is_not_run(coded, tmp_path):
+    convert_checkpoint(coded, tmp_path / "sparse")
+    assert not (tmp_path / "run").exists()
+    assert {"letters.py", "tokenization_letters.py"} <= listing(tmp_path / "sparse")
+    assert "unrelated.py" not in listing(tmp_path / "sparse")
+    done = run_python(WITHOUT_THE_PACKAGE, "trust", tmp_path / "sparse", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert json.loads(done.stdout) == [[1, 2, 3, 4, 5, 1]]
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("absent.Tokenizer", "absent.py"),
+        ("../elsewhere.Tokenizer", "elsewhere.py"),
+        ("broken.Tokenizer", "gone.py"),
+        ("sparsity.Tokenizer", "would replace a file of Q-Sparse's own"),
+        (5, "tokenizer_config.json: "),
+    ],
+)
+def test_code_of_a_tokenizer_that_cannot_go_along(coded, tmp_path, reference, said):
+    (tmp_path / "elsewhere.py").touch()
+    (coded / "sparsity.py").touch()
+    (coded / "broken.py").write_text("from .gone import x")
+    (coded / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": [reference, None]}}))
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=said):
+        convert_checkpoint(coded, tmp_path / "sparse")
+    assert listing(tmp_path) == before
+
+
+def test_a_tokenizer_that_does_not_load_is_said_and_copied(tmp_path, caplog):
+    make(dense_config("llama")).save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "tokenizer.json").write_text("{}")
+    convert_checkpoint(tmp_path / "dense", tmp_path / "sparse")
+    assert "does not load and is copied as it is" in caplog.text
+    assert (tmp_path / "sparse" / "tokenizer.json").read_text() == "{}"
+
+
+def test_mixed_dtypes(tmp_path):
     model = make(dense_config("llama"), dtype=torch.bfloat16)
     model.model.embed_tokens.float()
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] = 1e6
     model.save_pretrained(tmp_path / "dense")
     convert_checkpoint(tmp_path / "dense", tmp_path / "sparse")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", dtype="auto").dtype == torch.bfloat16
-    with pytest.raises(UserError, match=r"lm_head\.weight has values beyond float16's range"):
-        convert_checkpoint(tmp_path / "dense", tmp_path / "half", dtype="float16")
-    assert listing(tmp_path) == {"dense", "sparse"}
+
+
+@pytest.mark.parametrize(("dtype", "largest", "beyond"), [("float16", 65504.0, 70000.0), ("bfloat16", 1e38, 3.4e38)])
+def test_values_beyond_a_dtype_are_refused_also_beside_infinite_ones(tmp_path, dtype, largest, beyond):
+    model = make(dense_config("llama"))
+    with torch.no_grad():
+        model.model.norm.weight[:2] = torch.tensor([torch.inf, largest])
+    model.save_pretrained(tmp_path / "dense")
+    convert_checkpoint(tmp_path / "dense", tmp_path / "exact", dtype=dtype)
+    written = load_file(tmp_path / "exact" / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(written[:2], torch.tensor([torch.inf, largest]).to(getattr(torch, dtype)))
+    with torch.no_grad():
+        model.model.norm.weight[1] = -beyond
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match=rf"model\.norm\.weight has values beyond {dtype}'s range"):
+        convert_checkpoint(tmp_path / "dense", tmp_path / "new" / "folders" / "sparse", dtype=dtype)
+    assert listing(tmp_path) == {"dense", "exact"}  # nor the folders on the way
 
 
 def test_an_output_behind_a_link_is_replaced_again_and_again(tmp_path):
@@ -165,14 +315,52 @@ def test_ratios_per_projection_on_the_command_line(tmp_path, capsys):
     assert "must look like down=0.6" in capsys.readouterr().err
 
 
-def test_unknown_tensors_are_left_behind(tmp_path):
-    """Old Llama checkpoints carry rotary buffers that no model reads."""
+def add_tensors(folder, *names) -> None:
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        weights | {name: torch.ones(8) for name in names}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+
+
+def test_tensors_that_no_model_reads_are_left_behind_and_counted(tmp_path, caplog):
     make(dense_config("llama")).save_pretrained(tmp_path / "dense")
-    weights = load_file(tmp_path / "dense" / "model.safetensors")
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
-    save_file(weights, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    # Old Llama checkpoints carry rotary buffers; nothing is lost with them, and nothing is said.
+    add_tensors(tmp_path / "dense", "model.layers.0.self_attn.rotary_emb.inv_freq")
     convert_checkpoint(tmp_path / "dense", tmp_path / "sparse")
-    assert not any("inv_freq" in name for name in load_file(tmp_path / "sparse" / "model.safetensors"))
+    assert caplog.text == ""
+    add_tensors(tmp_path / "dense", "value_head.weight", "value_head.bias")
+    convert_checkpoint(tmp_path / "dense", tmp_path / "sparse", overwrite=True)
+    assert "holds 2 tensor(s) that the model does not use" in caplog.text
+    assert "value_head" in caplog.text
+    kept = load_file(tmp_path / "sparse" / "model.safetensors")
+    assert not any("inv_freq" in name or "value_head" in name for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.layers.2.mlp.up_proj.weight", "asks for 2 layers, but the weights hold 3"),
+        ("model.layers.1.self_attn.q_proj.bias", "holds 1 tensor.*'model.layers.1.self_attn.q_proj.bias'"),
+        ("model.layers.0.self_attn.q_norm.weight", "holds 1 tensor.*'model.layers.0.self_attn.q_norm.weight'"),
+        ("lm_head.bias", "holds 1 tensor.*'lm_head.bias'"),
+    ],
+)
+def test_tensors_of_the_model_that_its_configuration_does_not_ask_for_are_refused(tmp_path, name, said):
+    make(dense_config("llama")).save_pretrained(tmp_path / "dense")
+    add_tensors(tmp_path / "dense", name)
+    for dry_run in (True, False):
+        with pytest.raises(UserError, match=said):
+            convert_checkpoint(tmp_path / "dense", tmp_path / "sparse", dry_run=dry_run)
+    assert listing(tmp_path) == {"dense"}
+
+
+def test_a_link_to_the_folder_above_is_not_followed(tmp_path):
+    dense = tmp_path / "dense"
+    make(dense_config("llama")).save_pretrained(dense)
+    for name in ("chat_templates", "tokenizer_files", "additional_chat_templates"):
+        (dense / name).symlink_to("..")
+    convert_checkpoint(dense, dense / "sparse")
+    assert not {"chat_templates", "tokenizer_files", "additional_chat_templates"} & listing(dense / "sparse")
 
 
 def test_dry_run_writes_nothing_and_prints_sizes(tmp_path):
@@ -232,6 +420,27 @@ def escape_index(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def write_index(content):
+    def change(folder):
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return change
+
+
+def index_is_a_folder(folder):
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model.safetensors.index.json").mkdir()
+
+
+def index_names(file):
+    return write_index(json.dumps({"weight_map": {"model.norm.weight": file}}))
+
+
+def nest_config(folder):
+    text = (folder / "config.json").read_text().strip()
+    (folder / "config.json").write_text(f'{text[:-1]}, "x": {"[" * 100_000}{"]" * 100_000}}}')
+
+
 def drop_weights(folder):
     for path in folder.glob("model*"):
         path.unlink()
@@ -249,7 +458,7 @@ def drop_tensor(folder):
     ("break_it", "arguments", "said"),
     [
         (drop_config, {}, "config.json is missing"),
-        (garble_config, {}, "config.json is not a Transformers configuration"),
+        (garble_config, {}, "config.json cannot be read as JSON"),
         (set_config(model_type="gpt2"), {}, "must be one of llama, mistral, qwen2, got 'gpt2'"),
         (set_config(model_type="qsparse_llama"), {}, "Q-Sparse already"),
         (set_config(quantization_config={"quant_method": "gptq"}), {}, "quantized"),
@@ -257,20 +466,39 @@ def drop_tensor(folder):
         (set_config(hidden_act="nope"), {}, "nope"),
         (set_config(num_attention_heads=0), {}, "ZeroDivisionError"),
         (set_config(rope_parameters={"rope_type": "bogus", "rope_theta": 1e4}), {}, "bogus"),
-        (set_config(intermediate_size=80), {}, r"has shape \(96, 64\), config.json asks for \(80, 64\)"),
-        (set_config(num_hidden_layers=3), {}, "lacks 9 tensor"),
-        (drop_shard, {}, "model-00002-of-00003.safetensors is missing"),
+        (set_config(intermediate_size=80), {}, r"has shape \(96, 64\), but config.json asks for \(80, 64\)"),
+        (set_config(num_hidden_layers=3), {}, "config.json asks for 3 layers, but the weights hold 2"),
+        (drop_shard, {}, "names the file 'model-00002-of-00003.safetensors', which is missing"),
         (truncate_shard, {}, "model-00002-of-00003.safetensors is truncated or corrupt"),
         (garble_header, {}, "model-00002-of-00003.safetensors is truncated or corrupt"),
-        (garble_index, {}, "is not a safetensors index"),
+        (garble_index, {}, "must hold a JSON object, got list"),
         (escape_index, {}, "is missing"),
+        (index_is_a_folder, {}, "index.json is missing"),
+        (index_names("x" * 300), {}, "xxx', which is missing"),
+        (index_names("a\0b"), {}, "a.x00b', which is missing"),
+        (index_names("/etc/passwd"), {}, "'/etc/passwd', which is missing"),
+        (index_names(".."), {}, "'..', which is missing"),
+        (index_names(5), {}, "no weight_map"),
+        (write_index("[" * 100_000), {}, "cannot be read as JSON"),
+        (nest_config, {}, "config.json cannot be read as JSON"),
+        (set_config(num_hidden_layers=0), {}, "num_hidden_layers must be an integer from 1 to 1000, got 0"),
+        (set_config(num_hidden_layers=10**9), {}, "num_hidden_layers must be .*, got 1000000000"),
+        (set_config(num_hidden_layers="2"), {}, "num_hidden_layers must be .*, got '2'"),
+        (set_config(save_pretrained="x"), {}, "'save_pretrained' would hide"),
+        (set_config(attribute_map={"sparsity": "vocab_size"}), {}, "'attribute_map' would hide"),
+        (set_config(configuration_files=["config.9.0.0.json"]), {}, "configuration_files leads to other files"),
+        (set_config(transformers_weights="../x.safetensors"), {}, "transformers_weights leads to other files"),
+        (set_config(sparsity_blocksize=32), {}, "did you mean sparsity_block_size"),
         (drop_weights, {}, "neither model.safetensors nor"),
-        (drop_tensor, {}, "lacks model.norm.weight"),
+        (drop_tensor, {}, "lacks 'model.norm.weight', which the index says"),
         (break_nothing, {"sparsity": 1.0}, "sparsity must be .*got 1.0"),
         (break_nothing, {"sparsity_block_size": 24}, "sparsity_block_size .*got 24"),
         (break_nothing, {"sparsty": 0.5}, "unknown field 'sparsty'"),
         (break_nothing, {"dtype": "int8"}, "dtype must be one of .*'int8'"),
-        (break_nothing, {"max_shard_size": "many"}, "max_shard_size .*'many'"),
+        *(
+            (break_nothing, {"max_shard_size": size}, f"max_shard_size must be a positive .*{size!r}")
+            for size in ("many", "infGB", "nanGB", "-5GB", -5, 0, "0.0MB", None)
+        ),
     ],
 )
 def test_unsuitable_sources_and_arguments(tmp_path, break_it, arguments, said):
@@ -294,6 +522,7 @@ def test_the_command_says_it_in_one_line(tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.txt").touch()
+    (tmp_path / "loop").symlink_to("loop")
     capsys.readouterr()
     for arguments in (
         ("no/such/folder/anywhere", tmp_path / "sparse"),
@@ -306,13 +535,18 @@ def test_the_command_says_it_in_one_line(tmp_path, capsys):
         (tmp_path / "dense", tmp_path / "papers", "--overwrite"),
         (tmp_path / "dense", tmp_path / "papers" / "thesis.txt", "--overwrite"),
         (tmp_path / "dense", tmp_path / "papers" / "thesis.txt" / "below"),
+        (tmp_path / "dense", tmp_path / "new" / "a\0b"),
+        (tmp_path / "dense", tmp_path / "new" / ("x" * 300)),
+        (tmp_path / "dense", tmp_path / "new" / ("x" * 250)),
+        (tmp_path / "dense", tmp_path / "loop" / "sparse"),
+        ("a\0b", tmp_path / "sparse"),
     ):
         assert main(["convert", *map(str, arguments)]) == 1
         said = capsys.readouterr()
         assert said.out == ""
         assert said.err.startswith("qsparse: error: "), said.err
         assert len(said.err.splitlines()) == 1, said.err
-    assert listing(tmp_path) == {"dense", "taken", "papers"}
+    assert listing(tmp_path) == {"dense", "taken", "papers", "loop"}
     assert listing(tmp_path / "papers") == {"thesis.txt"}
 
 

@@ -1,7 +1,8 @@
 """Configurations of the Q-Sparse families: a dense family's own fields, and how sparse each projection's input is."""
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple
+from difflib import get_close_matches
+from typing import Any, ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict, validated_field
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
@@ -56,6 +57,8 @@ class QSparseConfigMixin:
     Raises:
         huggingface_hub.errors.StrictDataclassError: a value outside these; the message names the field, the value
             and what is allowed.
+        ValueError: a name that begins like one of these fields, or like one that a later version may have, and is
+            none; where a dense configuration would keep it and ignore it.
     """
 
     sparsity: float | int = validated_field(check_sparsity, default=0.5)
@@ -66,6 +69,16 @@ class QSparseConfigMixin:
 
     projection_groups: ClassVar[dict[str, ProjectionGroup]] = _LLAMA_GROUPS
     """Which selection feeds which linears of a decoder layer: the one place that says so."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        for name in kwargs:  # Transformers hands back those that are no field
+            _check_name(name)
+        return super().from_dict(config_dict, **kwargs)
 
     def validate_sparsity_per_projection(self) -> None:
         for group, value in (self.sparsity_per_projection or {}).items():
@@ -111,6 +124,15 @@ class QSparseConfigMixin:
 
 QSPARSE_FIELDS = tuple(field.name for field in fields(QSparseConfigMixin))
 """Names of the fields of `QSparseConfigMixin`."""
+
+_RESERVED = ("sparsity", "weight_quantization", "activation_quantization")
+
+
+def _check_name(name: str) -> None:
+    if name.startswith(_RESERVED) and name not in QSPARSE_FIELDS:
+        nearest = get_close_matches(name, QSPARSE_FIELDS, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"this version has no field {name!r}, it has {', '.join(QSPARSE_FIELDS)}{hint}")
 
 
 @strict
