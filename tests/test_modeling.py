@@ -499,3 +499,12 @@ def test_nothing_that_sparsifies_passes_for_a_plain_norm():
     norms = [layer.input_layernorm for layer in model.model.layers]
     assert not any(type(norm).__name__.endswith("RMSNorm") or hasattr(norm, "kernel_layer_name") for norm in norms)
     assert "sparsity=0.5" in str(norms[0])
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.5])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_exports_as_dense_llama_does(sparsity, gradients, tokens):
+    model = make(sparse_config("llama", sparsity=sparsity))
+    with torch.set_grad_enabled(gradients):
+        program = torch.export.export(model, (tokens,), {"use_cache": False}, strict=True)
+    assert_close(program.module()(tokens, use_cache=False).logits, model(tokens).logits)

@@ -486,6 +486,34 @@ def test_bad_arguments_of_the_fused_forms_are_named():
         rms_norm_sparsify(x, x[0].double(), 1e-5, 0.5, backend="triton")
 
 
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("form", ["topk", "rms_norm", "silu"])
+@pytest.mark.parametrize("rescale", ["none", "l2"])
+def test_gradients_of_each_row_alone(device, backend, form, rescale):
+    """`torch.vmap(torch.func.grad(...))`, by which gradients of single samples are computed."""
+    generator = torch.Generator().manual_seed(0)
+    x, other = (torch.randn(4, 3, 32, generator=generator).to(device) for _ in range(2))
+    if form == "rms_norm":
+        other = other[0, 0]
+
+    def loss(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        inputs = (x,) if form == "topk" else (x, other)
+        function = topk_sparsify if form == "topk" else FUSED[form][0]
+        return function(*inputs, 0.5, 16, rescale, backend=backend).pow(3).sum()
+
+    gradient = torch.func.grad(loss, argnums=0 if form == "topk" else (0, 1))
+    if backend == "triton":
+        with pytest.raises(ValueError, match=r"'triton' cannot run here: transforms of torch.func do not reach"):
+            gradient(x[0], other if form == "rms_norm" else other[0])
+        backend = None  # another one takes over unasked
+    together = torch.vmap(gradient, in_dims=(0, None if form == "rms_norm" else 0))(x, other)
+    alone = [gradient(x[i], other if form == "rms_norm" else other[i]) for i in range(4)]
+    if form == "topk":
+        together, alone = [together], [[each] for each in alone]
+    for each, expected in zip(together, zip(*alone, strict=True), strict=True):
+        assert_close(each, torch.stack(expected))
+
+
 COMPILE = """
 import os
 os.environ.pop("TRITON_INTERPRET")

@@ -236,6 +236,8 @@ class TritonSparsify:
         features = tensors[0].shape[-1]
         if features > 65536:
             return f"its kernels take up to 65536 features, and the input has {features}"
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return "transforms of torch.func do not reach the gradients of its kernels"
         return refuses(tensors, asked)
 
     def survivors(self, form: str, inputs: tuple, selection: Selection) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,8 @@ def _mask_by_threshold(x: Tensor, kept: int) -> Tensor:
 class _StraightThrough(torch.autograd.Function):
     """`x * mask` whose gradient ignores the mask: `dL/dx = dL/dy` (eq. 13). Saves nothing for backward."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, mask: Tensor) -> Tensor:
         if x.device.type == "cpu" and not torch.compiler.is_compiling():  # `where` branches there: ten times slower
