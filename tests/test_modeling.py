@@ -1,5 +1,7 @@
 """Every family through one suite, from the public door: what a Transformers user expects of a causal LM."""
 
+import contextlib
+import inspect
 import json
 import os
 import re
@@ -499,6 +501,29 @@ def test_nothing_that_sparsifies_passes_for_a_plain_norm():
     norms = [layer.input_layernorm for layer in model.model.layers]
     assert not any(type(norm).__name__.endswith("RMSNorm") or hasattr(norm, "kernel_layer_name") for norm in norms)
     assert "sparsity=0.5" in str(norms[0])
+
+
+def passes_for_a_norm_by_tracing(module: torch.nn.Module) -> bool:
+    """As vLLM's Transformers backend decides it: one declared input, and a traced dataflow, however far it gets, whose
+    last product is the norm's.
+    """
+    if len(inspect.signature(type(module).forward).parameters) != 2:  # self and the input
+        return False
+    tracer = torch.fx.Tracer()
+    with contextlib.suppress(Exception):  # the graph so far counts
+        tracer.trace(module)
+    called = [node.target for node in tracer.graph.nodes if node.op.startswith("call")]
+    names = [target if isinstance(target, str) else target.__name__ for target in called]
+    return "rsqrt" in names and names[-1] == "mul"
+
+
+def test_engines_that_trace_take_no_sparsifying_norm_for_a_plain_one(family):
+    dense, sparse = make_pair(family)
+    norms = {name: module for name, module in dense.named_modules() if "norm" in name.rpartition(".")[-1]}
+    selecting = [name for name in norms if isinstance(sparse.get_submodule(name), sparsify.Sparsify)]
+    assert len(selecting) == 2 * dense.config.num_hidden_layers
+    assert all(passes_for_a_norm_by_tracing(norm) for norm in norms.values())
+    assert not any(passes_for_a_norm_by_tracing(sparse.get_submodule(name)) for name in selecting)
 
 
 @pytest.mark.parametrize("sparsity", [0, 0.5])
