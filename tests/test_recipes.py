@@ -123,10 +123,10 @@ def test_the_models_that_are_continued_are_named_and_fit(recipe):
     assert 6e9 < total < 7.3e9
     assert activated == pytest.approx(total / 2, rel=1e-3)
     assert data.sequence_length <= dense.max_position_embeddings
-    if run.lora_fields:
+    if run.lora:
         from peft import LoraConfig, get_peft_model
 
-        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **run.lora_fields))
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **run.lora))
         trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
         assert trained == 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
 
@@ -155,13 +155,13 @@ def test_values_in_mappings_keep_their_type(tmp_path):
     )
     run, data, training = parse(str(tmp_path / "run.yaml"), [])
     assert training.lr_scheduler_kwargs == {"lr_end": 1e-6, "power": 1.0}
-    assert run.fields == {"sparsity": 0.6, "sparsity_ste": False}
+    assert run.model_fields == {"sparsity": 0.6, "sparsity_ste": False}
     assert data.train_data == ["c", json.dumps({"files": "d", "probability": 0.5})]
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("model: a\nmodel: b\n")
-    with pytest.raises(UserError, match="'model' stands twice, again in line 2"):
+    with pytest.raises(UserError, match="line 2: 'model' stands twice"):
         parse(str(tmp_path / "run.yaml"), [])
 
 
