@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from .errors import UserError, user_errors
+from .errors import UserError, check_layers, check_writable, user_errors
 from .modeling.configuration_qsparse import PROJECTION_GROUPS
 from .modeling.modeling_qsparse import QSparsePreTrainedModel
 from .modeling.sparsity import kept_features
@@ -220,12 +220,13 @@ def report_checkpoint(
     """
     if tokens < 1:
         raise UserError(f"tokens must be at least 1, got {tokens}")
-    if output is not None:
-        with user_errors(output):
-            Path(output).mkdir(parents=True, exist_ok=True)
+    targets = [Path(output) / name for name in ("sparsity.json", "sparsity.png")] if output is not None else []
+    for target in targets:
+        check_writable(target)
     with user_errors(", ".join(map(str, text_files))):
         text = "\n".join(Path(file).read_text(encoding="utf-8", errors="replace") for file in text_files)
     with user_errors(model):
+        check_layers(model, PreTrainedConfig.get_config_dict(model)[0])
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens])
@@ -234,9 +235,11 @@ def report_checkpoint(
     rows = [row[None] for row in ids.split(row_length)]
     with user_errors(model), tqdm(rows, desc="measuring", unit="row") as progress:
         report = sparsity_report(loaded, progress)
-    if output is not None:
-        report.save_json(Path(output) / "sparsity.json")
-        report.save_plot(Path(output) / "sparsity.png")
+    if targets:
+        with user_errors(output):
+            Path(output).mkdir(parents=True, exist_ok=True)
+            for save, target in zip((report.save_json, report.save_plot), targets, strict=True):
+                save(target)
     return report
 
 
