@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from .conversion import DTYPES, FAMILIES
-from .errors import UserError, check_layers, check_writable, user_errors
+from .errors import UserError, check_config, check_writable, user_errors
 from .measure import captured, interleaved, medians, print_table, write_json
 from .modeling.modeling_qsparse import projection_groups
 from .modeling.sparse_linear import sparse_linear
@@ -77,7 +77,7 @@ def _configs(name: str) -> tuple[PreTrainedConfig, PreTrainedConfig]:
         fields = fields | {"max_position_embeddings": 8192}
     else:
         with user_errors(f"{name} (none of {', '.join(SHAPES)})"):
-            check_layers(name, PreTrainedConfig.get_config_dict(name)[0])
+            check_config(name)
             fields = AutoConfig.from_pretrained(name).to_dict()
         model_type = fields.pop("model_type").removeprefix("qsparse_")
         if model_type not in FAMILIES:

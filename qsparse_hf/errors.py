@@ -25,7 +25,10 @@ class Interrupted(Exception):
 
 def one_line(error: BaseException) -> str:
     """All that `error` says, in one line, cut where it is very long."""
-    return shortened(str(error), _LONGEST_MESSAGE) or type(error).__name__
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        said = error.strerror + (f": {shortened(str(error.filename))!r}" if error.filename else "")
+    return shortened(said, _LONGEST_MESSAGE) or type(error).__name__
 
 
 first_line = one_line
@@ -40,19 +43,20 @@ def shortened(text: str, most: int = 80) -> str:
 @contextmanager
 def user_errors(source: object) -> Iterator[None]:
     """Around the loading of `source`, which the user named: what a library raises about it becomes a `UserError`."""
+    name = shortened(str(source), 200)
     try:
         yield
     except UserError:
         raise
     except StrictDataclassError as error:  # its own message wraps the field's in a second line
-        raise UserError(f"{source}: {one_line(error.__cause__ or error)}") from error
+        raise UserError(f"{name}: {one_line(error.__cause__ or error)}") from error
     except (OSError, ValueError) as error:
         said = one_line(error)
         if "huggingface.co" in said or "Repo id" in said:
             said = f"is no file or folder here, and the Hub did not give it: {said}"
-        raise UserError(f"{source}: {said}") from error
+        raise UserError(f"{name}: {said}") from error
     except Exception as error:  # a field that Transformers looks up or divides by unchecked
-        raise UserError(f"{source}: {type(error).__name__}: {one_line(error)}") from error
+        raise UserError(f"{name}: {type(error).__name__}: {one_line(error)}") from error
 
 
 def check_writable(file: str | Path) -> None:
@@ -71,14 +75,32 @@ def check_writable(file: str | Path) -> None:
         if is_new:
             file.unlink()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        why = str(error)
-        if isinstance(error, OSError):
-            why = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror
-        raise UserError(f"{shortened(str(file))!r} cannot be written: {shortened(why, 200)}") from None
+        why = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else one_line(error)
+        raise UserError(f"{shortened(str(file))!r} cannot be written: {why}") from None
     finally:
         for folder in made:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def check_config(source: str | Path, fields: Mapping[str, object] | None = None) -> None:
+    """Look at the configuration of a model before anything is built from it.
+
+    Args:
+        source: a checkpoint's folder or Hub id, or a configuration's file.
+        fields: what is set in it.
+
+    Raises:
+        UserError: it cannot be read, or has a number of layers that no model has.
+    """
+    from transformers import PreTrainedConfig  # its import is not for every command
+
+    with user_errors(source):
+        if Path(source).is_dir() and not Path(source, "config.json").exists():
+            is_a_run = any(Path(source).glob("checkpoint-*"))
+            hint = "; it is an unfinished run's, name one of the checkpoints in it" if is_a_run else ""
+            raise UserError(f"{source} holds no config.json{hint}")
+        check_layers(source, PreTrainedConfig.get_config_dict(source)[0] | dict(fields or {}))
 
 
 def check_layers(source: object, config: Mapping[str, object]) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .errors import UserError, check_layers, check_writable, user_errors
+from .errors import UserError, check_config, check_writable, user_errors
 from .modeling.configuration_qsparse import PROJECTION_GROUPS
 from .modeling.modeling_qsparse import QSparsePreTrainedModel
 from .modeling.sparsity import kept_features
@@ -225,8 +225,8 @@ def report_checkpoint(
         check_writable(target)
     with user_errors(", ".join(map(str, text_files))):
         text = "\n".join(Path(file).read_text(encoding="utf-8", errors="replace") for file in text_files)
+    check_config(model)
     with user_errors(model):
-        check_layers(model, PreTrainedConfig.get_config_dict(model)[0])
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens])

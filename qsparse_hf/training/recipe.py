@@ -69,6 +69,11 @@ class RunArguments:
         if self.dtype not in dtypes:
             raise UserError(f"dtype must be one of {', '.join(dtypes)}, got {shortened(self.dtype)!r}")
 
+    @property
+    def source(self) -> str:
+        """Where the model's configuration is: `model` or `config`, of which one is given."""
+        return self.model or self.config or ""
+
 
 class Recipe(NamedTuple):
     """The arguments of a run; `training` is `QSparseSFTConfig` where `run.stage` is `sft`."""
@@ -194,7 +199,7 @@ def _read_file(config: str) -> dict[str, _Value]:
     try:
         text = Path(config).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the name
-        raise UserError(f"{shortened(config)}: {one_line(error)}") from None
+        raise UserError(f"{shortened(config, 200)}: {one_line(error)}") from None
     with _yaml(text, config) as (loader, root):
         if root is None or root.tag == _TAGS["null"]:
             raise UserError(f"{config} is empty")
@@ -363,11 +368,34 @@ def parse(config: str, overrides: list[str]) -> Recipe:
         except ValueError as error:
             raise UserError(f"{where}: {key} {error}") from None
     try:
-        return Recipe(*(kind(**{name: converted[name] for name in _names(kind) & converted.keys()}) for kind in kinds))
+        return Recipe(
+            *(_build(kind, {name: converted[name] for name in converted if name in _names(kind)}) for kind in kinds)
+        )
     except UserError as error:
         raise UserError(f"{config}: {error}") from error
+
+
+def _build(kind: type, arguments: dict[str, Any]) -> Any:
+    try:
+        return kind(**arguments)
+    except UserError:
+        raise
     except Exception as error:  # Transformers' checks, and those of the libraries that it hands values to
-        raise UserError(f"{config}: {one_line(error)}") from error
+        said = one_line(error)
+        if not any(re.search(rf"\b{name}\b", said) for name in arguments):
+            said = f"{_culprit(kind, arguments)}: {said}"
+        raise UserError(said) from error
+
+
+def _culprit(kind: type, arguments: dict[str, Any]) -> str:
+    """The argument without which `kind` would take the others."""
+    for name in arguments:
+        try:
+            kind(**{other: value for other, value in arguments.items() if other != name})
+        except Exception:
+            continue
+        return name
+    return f"one of {', '.join(arguments)}"
 
 
 def _names(kind: type) -> set[str]:

@@ -13,7 +13,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -25,7 +24,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
-from ..errors import Interrupted, UserError, check_layers, check_writable, one_line, user_errors
+from ..errors import Interrupted, UserError, check_config, check_writable, one_line, user_errors
 from ..modeling.backend import choose
 from ..modeling.sparsify import IMPLS
 from .data import collate_packed, pack_on_disk
@@ -70,14 +69,12 @@ def load_model(arguments: RunArguments, trained: str | None = None) -> PreTraine
     """
     if trained and not arguments.lora:
         arguments = replace(arguments, stage="continue", model=trained, config=None)
-    source = arguments.model or arguments.config
+    source = arguments.source
     with user_errors(source):
         if (Path(source) / "adapter_config.json").exists():
             raise UserError(
                 f"{source} holds adapters of another model; merge them into it first (PEFT: merge_and_unload)"
             )
-        written, _ = PreTrainedConfig.get_config_dict(source)
-        check_layers(source, written | arguments.model_fields)
         config, unknown = AutoConfig.from_pretrained(source, **arguments.model_fields, return_unused_kwargs=True)
         if unknown:
             raise UserError(f"model_fields: {config.model_type} has no field {next(iter(unknown))!r}")
@@ -114,6 +111,7 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
     if arguments.device.type == "cpu":
         arguments.dataloader_pin_memory = False  # it only warns there
 
+    check_config(recipe.run.source, recipe.run.model_fields)
     tokenizer_source = recipe.run.tokenizer or recipe.run.model
     with user_errors(tokenizer_source):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
