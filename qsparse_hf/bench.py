@@ -76,8 +76,9 @@ def _configs(name: str) -> tuple[PreTrainedConfig, PreTrainedConfig]:
         model_type, fields = SHAPES[name]
         fields = fields | {"max_position_embeddings": 8192}
     else:
-        with user_errors(f"{name} (none of {', '.join(SHAPES)})"):
-            check_config(name)
+        source = f"{name} (none of {', '.join(SHAPES)})"
+        check_config(name, named=source)
+        with user_errors(source):
             fields = AutoConfig.from_pretrained(name).to_dict()
         model_type = fields.pop("model_type").removeprefix("qsparse_")
         if model_type not in FAMILIES:

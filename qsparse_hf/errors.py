@@ -79,23 +79,24 @@ def check_writable(file: str | Path) -> None:
         raise UserError(f"{shortened(str(file))!r} cannot be written: {why}") from None
     finally:
         for folder in made:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 folder.rmdir()
 
 
-def check_config(source: str | Path, fields: Mapping[str, object] | None = None) -> None:
+def check_config(source: str | Path, fields: Mapping[str, object] | None = None, named: str | None = None) -> None:
     """Look at the configuration of a model before anything is built from it.
 
     Args:
         source: a checkpoint's folder or Hub id, or a configuration's file.
         fields: what is set in it.
+        named: what messages call it, if not `source`.
 
     Raises:
         UserError: it cannot be read, or has a number of layers that no model has.
     """
     from transformers import PreTrainedConfig  # its import is not for every command
 
-    with user_errors(source):
+    with user_errors(named or source):
         if Path(source).is_dir() and not Path(source, "config.json").exists():
             is_a_run = any(Path(source).glob("checkpoint-*"))
             hint = "; it is an unfinished run's, name one of the checkpoints in it" if is_a_run else ""

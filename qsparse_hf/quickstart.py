@@ -69,8 +69,8 @@ def quickstart(output: str) -> None:
     Raises:
         UserError: `output` exists and is not an earlier quickstart's, or cannot be written.
     """
-    folder = Path(os.path.realpath(output))  # of a link, what it points to is replaced
     with user_errors("output"):
+        folder = Path(os.path.realpath(output))  # of a link, what it points to is replaced
         empty = folder.is_dir() and not any(folder.iterdir())
         if folder.exists() and not empty and not (folder / _MARKER).exists():
             raise UserError(f"{output} is not a quickstart's; choose another --output")

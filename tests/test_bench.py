@@ -70,10 +70,3 @@ def test_a_sparse_config_is_taken_too(tmp_path, capsys, monkeypatch):
 def test_mistakes_are_named(settings, said):
     with pytest.raises(UserError, match=said):
         bench_decode(**{"device": "cpu", "models": ["1b"]} | settings)
-
-
-def test_a_mistake_on_the_command_line_is_one_line(tmp_path):
-    run = run_qsparse("bench", "decode", "--models", tmp_path / "none", "--device", "cpu")
-    assert run.returncode == 1
-    assert run.stderr.count("\n") == 1
-    assert run.stderr.startswith("qsparse: error:")

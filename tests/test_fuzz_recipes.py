@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from qsparse_hf.errors import UserError
 from qsparse_hf.training.data import DataArguments
 from qsparse_hf.training.recipe import Recipe, RunArguments, parse
-from qsparse_hf.training.sft import QSparseSFTConfig
 from qsparse_hf.training.trainer import QSparseTrainingArguments
+
+QSparseSFTConfig = pytest.importorskip("qsparse_hf.training.sft", exc_type=UserError).QSparseSFTConfig
 
 BASE = {"model": "m", "train_data": ["a.jsonl"], "output_dir": "o", "use_cpu": True}
 RECIPES = [path.read_text() for path in sorted((REPOSITORY / "configs" / "train").glob("*_tiny*.yaml"))]
@@ -95,7 +96,7 @@ def mutated(draw) -> str:
     return text
 
 
-@quick(400)
+@quick(600)
 @given(text=mutated())
 def test_mutated_recipes(file, text):
     outcome(file, text)
@@ -117,7 +118,7 @@ VALUES = st.recursive(
 )
 
 
-@quick(500)
+@quick(800)
 @given(
     values=st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=2),
     stage=st.sampled_from(["continue", "sft"]),
@@ -126,7 +127,7 @@ def test_any_value_of_any_field(file, values, stage):
     outcome(file, yaml.safe_dump(BASE | {"stage": stage} | values))
 
 
-@quick(300)
+@quick(400)
 @given(
     key=st.sampled_from(FIELDS) | st.text(max_size=4),
     value=st.one_of(st.text(max_size=8), PIECES, VALUES.map(partial(yaml.safe_dump, default_flow_style=True))),

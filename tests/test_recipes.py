@@ -16,6 +16,7 @@ from qsparse_hf.conversion import FAMILIES
 from qsparse_hf.errors import UserError
 from qsparse_hf.report import count_parameters
 from qsparse_hf.training.recipe import Recipe, parse
+from qsparse_hf.training.run import train
 
 FOLDER = REPOSITORY / "configs" / "train"
 ORCA = ("Open-Orca/OpenOrca", {"system": "system_prompt", "prompt": "question", "completion": "response"}, None)
@@ -306,6 +307,26 @@ def test_a_recipe_that_cannot_be_read_is_named(tmp_path, name):
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=r"^\S*" + re.escape(name[:20])):
         parse(str(tmp_path / name), [])
+
+
+def test_resume_from_checkpoint_is_a_yes_or_no_too(tiny_checkpoint, tmp_path):
+    (tmp_path / "text.txt").write_text("one two three four " * 99)
+    recipe = {"model": str(tiny_checkpoint), "train_data": [str(tmp_path / "text.txt")], "sequence_length": 16}
+    recipe |= {"output_dir": str(tmp_path / "run"), "use_cpu": True, "save_steps": 1, "report_to": "none"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+
+    def run(updates: int, resume: str) -> int:
+        return train(str(tmp_path / "run.yaml"), [f"max_steps={updates}", resume]).state.global_step
+
+    for word in ("true", "Yes"):
+        with pytest.raises(
+            UserError, match=r"run holds no complete checkpoint to go on from; .*=last begins at update 0"
+        ):
+            run(1, f"resume_from_checkpoint={word}")
+    assert run(1, "resume_from_checkpoint=false") == 1
+    with pytest.raises(UserError, match="run holds checkpoint-1 of an earlier run"):
+        run(2, "resume_from_checkpoint=no")
+    assert run(2, "resume_from_checkpoint=true") == 2
 
 
 def test_the_chat_template_is_plain_text_and_marks_what_is_learnt(tiny_tokenizer):
