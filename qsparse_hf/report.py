@@ -235,7 +235,7 @@ def report_checkpoint(
     rows = [row[None] for row in ids.split(row_length)]
     with user_errors(model), tqdm(rows, desc="measuring", unit="row") as progress:
         report = sparsity_report(loaded, progress)
-    if targets:
+    if output is not None:
         with user_errors(output):
             Path(output).mkdir(parents=True, exist_ok=True)
             for save, target in zip((report.save_json, report.save_plot), targets, strict=True):

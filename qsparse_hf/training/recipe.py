@@ -104,8 +104,10 @@ class _Loader(yaml.SafeLoader):
     All of it raises `yaml.MarkedYAMLError`.
     """
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
-        node = super().compose_node(parent, index)
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # of a node that was looked at
+            return super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         if node.tag not in {*_TAGS.values(), _MERGE}:
             raise yaml.MarkedYAMLError(problem=f"unknown tag {node.tag}", problem_mark=node.start_mark)
         if isinstance(node, yaml.MappingNode):
@@ -125,7 +127,7 @@ class _Loader(yaml.SafeLoader):
         tag = _MERGE if key.tag == _MERGE else _TAGS["str"]
         return yaml.ScalarNode(tag, key.value, key.start_mark, key.end_mark)
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError):  # `!!bool maybe`, `0b_`, 5,000 digits
@@ -148,7 +150,7 @@ def _characters(node: yaml.Node, known: dict[int, float]) -> float:
     if id(node) not in known:
         known[id(node)] = math.inf  # until it is known: met again meanwhile, it is within itself
         if isinstance(node, yaml.ScalarNode):
-            characters = len(node.value)
+            characters: float = len(node.value)
         elif isinstance(node, yaml.SequenceNode):
             characters = sum(_characters(item, known) for item in node.value)
         else:
@@ -178,8 +180,8 @@ def _yaml(text: str, source: str) -> Iterator[tuple[_Loader, yaml.Node | None]]:
         yield loader, root
     except yaml.MarkedYAMLError as error:
         said = ": ".join(part for part in (error.context, error.problem) if part)
-        line = (error.problem_mark or error.context_mark).line + 1
-        raise UserError(f"{source} is not YAML, line {line}: {said}") from None
+        mark = error.problem_mark or error.context_mark
+        raise UserError(f"{source} is not YAML{f', line {mark.line + 1}' if mark else ''}: {said}") from None
     except yaml.YAMLError as error:  # characters that no YAML holds
         raise UserError(f"{source} is not YAML: {one_line(error)}") from None
     except RecursionError:
@@ -232,8 +234,11 @@ BOOLEANS: dict[str, bool] = {**yaml.SafeLoader.bool_values, "1": True, "0": Fals
 """The words for true and false, in lower case."""
 
 
-_RANK = {str: 1, list: 2}  # text takes what the other members of a union do not, and a list takes one text, too
-_NAMES = {
+_RANK: dict[Any, int] = {
+    str: 1,
+    list: 2,
+}  # text takes what the other members of a union do not, and a list takes one text, too
+_NAMES: dict[Any, str] = {
     NoneType: "null",
     bool: "true or false",
     int: "a whole number",
@@ -249,7 +254,7 @@ def _convert(kind: Any, written: _Written) -> object:
     Raises:
         ValueError: it takes none such; the message says what it takes.
     """
-    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    members = list(get_args(kind)) if get_origin(kind) in (Union, UnionType) else [kind]
     if any(isclass(member) and issubclass(member, Enum) for member in members):
         members = [member for member in members if member is not str]  # Transformers makes the enumeration of it
     for member in sorted(members, key=lambda member: _RANK.get(get_origin(member) or member, 0)):
@@ -351,13 +356,15 @@ def parse(config: str, overrides: list[str]) -> Recipe:
     for override in overrides:
         values |= _read_override(override)
 
-    training = QSparseTrainingArguments
+    training: type[QSparseArguments] = QSparseTrainingArguments
     if "stage" in values and values["stage"].written == "sft":
-        from .sft import QSparseSFTConfig as training
+        from .sft import QSparseSFTConfig
+
+        training = QSparseSFTConfig
     kinds = (RunArguments, DataArguments, training)
     fields = {field.name: field for kind in kinds for field in dataclasses.fields(kind) if field.init}
     types = {name: each for kind in kinds for name, each in get_type_hints(kind).items()}
-    converted = {}
+    converted: dict[str, object] = {}
     for key, (written, where) in values.items():
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -217,7 +217,7 @@ def _check(recipe: Recipe) -> None:
         get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=kwargs)
     with user_errors("dataloader"):
         DataLoader(
-            [0],
+            TensorDataset(torch.zeros(1)),
             num_workers=arguments.dataloader_num_workers,
             prefetch_factor=arguments.dataloader_prefetch_factor,
             persistent_workers=arguments.dataloader_persistent_workers,
@@ -295,6 +295,8 @@ def _train(trainer: Trainer, resume: str | None) -> None:
         trainer.add_callback(bar)
     try:
         result = trainer.train(resume_from_checkpoint=resume)
+    except ImportError as error:  # a package that an argument asks for, liger-kernel for one, is looked for only here
+        raise UserError(one_line(error)) from error
     finally:
         if bar:
             bar.close()
