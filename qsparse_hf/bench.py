@@ -31,7 +31,7 @@ from transformers import (
 from .conversion import DTYPES
 from .decode.prepare import projection_groups
 from .decode.sparse_linear import sparse_linear
-from .errors import UserError, user_errors
+from .errors import UserError, check_config, check_writable, user_errors
 from .measure import captured, interleaved, medians, print_table, write_json
 from .modeling.configuration_qsparse import GROUPS
 from .modeling.sparsify import Sparsify, select
@@ -79,7 +79,9 @@ def _configs(name: str) -> tuple[PreTrainedConfig, PreTrainedConfig]:
         model_type, fields = SHAPES[name]
         fields = fields | {"max_position_embeddings": 8192}
     else:
-        with user_errors(f"{name} (none of {', '.join(SHAPES)})"):
+        source = f"{name} (none of {', '.join(SHAPES)})"
+        check_config(name, named=source)
+        with user_errors(source):
             fields = AutoConfig.from_pretrained(name).to_dict()
         model_type = fields.pop("model_type").removeprefix("qsparse_")
         if model_type not in FAMILIES:
@@ -310,9 +312,10 @@ def bench_decode(
         new_tokens: decoded in each measurement.
         rounds: measurements of each, in turns.
         threads: of a CPU; None leaves PyTorch's.
+        output: a JSON file for all of it, written anew after every row.
 
     Raises:
-        UserError: a value outside these; the message names it.
+        UserError: a value outside these, or an output that cannot be written, before anything is measured.
     """
     models, sparsities, batches, prompts = list(models), list(sparsities), list(batches), list(prompts)
     for sparsity in sparsities:
@@ -329,16 +332,17 @@ def bench_decode(
             raise UserError(f"{name} must be at least {smallest}, got {value}")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda' is asked for, and there is none; 'cpu' is measured too")
-    if output and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
-        raise UserError(f"output must be a file in a folder that exists, got {output}")
+    if output is not None:
+        check_writable(output)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     configs = {name: _configs(name) for name in models}
     results: list[dict] = []
 
     def note(row: dict) -> None:
         results.append(row)
-        if output:
-            write_json(Path(output), results)
+        if output is not None:
+            with user_errors(output):
+                write_json(Path(output), results)
 
     def decoded() -> Iterator[list]:
         total = len(models) * len(batches) * len(prompts) * len(sparsities)

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from .errors import UserError, first_line
+from .errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {first_line(error)}") from None
+        raise UserError(f"{path} cannot be read as JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
@@ -75,7 +75,7 @@ class StoredTensor:
             with safe_open(self.path, framework="pt") as file:
                 tensor = file.get_tensor(self.name)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.path}: {self.name} cannot be read: {first_line(error)}") from None
+            raise UserError(f"{self.path}: {self.name} cannot be read: {one_line(error)}") from None
         cast = tensor.to(dtype)
         if cast is not tensor and (infinite := cast.isinf()).any() and infinite.sum() != tensor.isinf().sum():
             wider = "float32" if dtype == torch.bfloat16 else "bfloat16"
@@ -120,7 +120,7 @@ def _header(path: Path) -> list[StoredTensor]:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             return [StoredTensor(path, name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or corrupt: {first_line(error)}") from None
+        raise UserError(f"{path} is truncated or corrupt: {one_line(error)}") from None
 
 
 def check_layers(layers: int, tensors: Iterable[str], folder: Path) -> None:

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from .errors import Interrupted, UserError
+from .errors import Interrupted, UserError, shortened
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except UserError as error:
-        print(f"qsparse: error: {error}", file=sys.stderr)
+        print(f"qsparse: error: {shortened(str(error), 2000)}", file=sys.stderr)  # a name may hold line breaks
         return 1
     except Interrupted as error:
         if os.environ.get("RANK", "0") == "0":  # all processes of a run stop together

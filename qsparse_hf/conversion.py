@@ -36,7 +36,7 @@ from .checkpoint import (
     match_tensors,
     read_json,
 )
-from .errors import UserError, first_line, user_errors
+from .errors import UserError, check_depth, one_line, user_errors
 from .modeling.configuration_qsparse import QSPARSE_FIELDS, QSparseConfigMixin
 from .modeling.modeling_qsparse import declare_auto_model
 from .registration import FAMILIES
@@ -69,7 +69,6 @@ _NOT_TAKEN = (
     "base_model_pp_plan",
     "num_labels",
 )
-_MOST_LAYERS = 1000  # a check before anything is built for every layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +199,7 @@ def _check_target(output: Path, source: Path, overwrite: bool) -> None:
         exists = output.exists()
         in_use = exists and (not output.is_dir() or (any(output.iterdir()) and not (output / CONFIG).exists()))
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a loop of links
-        raise UserError(f"the output {str(output)!r} cannot be written: {first_line(error)}") from None
+        raise UserError(f"the output {str(output)!r} cannot be written: {one_line(error)}") from None
     if place in (origin, *origin.parents):
         raise UserError(f"the output {output} is or holds the source; choose another folder")
     if exists and not overwrite:
@@ -224,9 +223,7 @@ def _configs(folder: Path, fields: dict[str, Any]) -> tuple[PreTrainedConfig, QS
     if leads := [key for key in ("configuration_files", "transformers_weights") if described.get(key)]:
         raise UserError(f"{path}: {leads[0]} leads to other files than the ones converted here; remove the key")
     described = {key: value for key, value in described.items() if key not in _NOT_TAKEN}
-    layers = described.get("num_hidden_layers", 1)
-    if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
-        raise UserError(f"{path}: num_hidden_layers must be an integer from 1 to {_MOST_LAYERS}, got {layers!r}")
+    check_depth(path, described)
     family = FAMILIES[model_type].config
     names = {field.name for field in dataclasses.fields(family)}
     for key in described:
@@ -261,7 +258,7 @@ def _describe_tokenizer(folder: Path, dense: PreTrainedConfig) -> tuple[dict[str
     try:
         picked = AutoTokenizer.from_pretrained(folder, config=dense, trust_remote_code=False, mistral_format=False)
     except Exception as error:  # whatever a broken file, or a missing package, makes a tokenizer raise
-        logger.warning("the tokenizer in %s does not load and is copied as it is: %s", folder, first_line(error))
+        logger.warning("the tokenizer in %s does not load and is copied as it is: %s", folder, one_line(error))
         return None, []
     return described | {"tokenizer_class": type(picked).__name__}, []
 
@@ -351,7 +348,7 @@ def _staging(output: Path, overwrite: bool, size: int) -> Iterator[Path]:
     except Timeout:
         raise UserError(f"another conversion is writing {output}") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {output}: {first_line(error)}") from None
+        raise UserError(f"cannot write {output}: {one_line(error)}") from None
     finally:
         with suppress(OSError):  # of the first that is not empty
             for folder in made:

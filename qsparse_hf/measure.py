@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import is_triton_available
 
+from .errors import check_writable
 from .modeling.sparsify import IMPLS
 from .modeling.sparsity import check_sparsity
 
@@ -24,14 +25,20 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments, `--sparsity` among them; ends with one line if it is out of range or there is no GPU."""
+    """The arguments, `--sparsity` among them; ends with one line for what cannot be measured or written, or no GPU.
+
+    `parser` brings `--output`, a `Path`.
+    """
     parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved measurements of each")
     arguments = parser.parse_args()
     try:
         check_sparsity(arguments.sparsity)
+        check_writable(arguments.output)
     except ValueError as error:
         parser.error(str(error))
+    if arguments.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
     if not torch.cuda.is_available():
         parser.error("this is measured on a GPU, and there is none")
     return arguments
@@ -94,7 +101,7 @@ def print_table(heading: list[str], rows: Iterable[list[object]]) -> None:
 
 
 def write_json(path: Path, results: object) -> None:
-    """The results and what they were measured on."""
+    """Write the results and what they were measured on; folders that are missing are made."""
     machine = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -104,4 +111,5 @@ def write_json(path: Path, results: object) -> None:
         "numba": version("numba") if IMPLS["numba"].missing() is None else None,
         "python": platform.python_version(),
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))

@@ -7,6 +7,7 @@ YAML files it writes show the runs as `qsparse train` takes them.
 import ast
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from .conversion import convert_checkpoint
-from .errors import Interrupted, UserError
+from .errors import Interrupted, UserError, check_writable, user_errors
 from .report import SparsityReport, report_checkpoint
 from .training.run import train
 
@@ -66,15 +67,17 @@ def quickstart(output: str) -> None:
     """Run all of it and leave models, pictures and a summary in `output`.
 
     Raises:
-        UserError: `output` exists and is not an earlier quickstart's.
+        UserError: `output` exists and is not an earlier quickstart's, or cannot be written.
     """
-    folder = Path(output).absolute()
-    empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.exists() and not empty and not (folder / _MARKER).exists():
-        raise UserError(f"{output} is not a quickstart's; choose another --output")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / _MARKER).touch()
+    with user_errors("output"):
+        folder = Path(os.path.realpath(output))  # of a link, what it points to is replaced
+        empty = folder.is_dir() and not any(folder.iterdir())
+        if folder.exists() and not empty and not (folder / _MARKER).exists():
+            raise UserError(f"{output} is not a quickstart's; choose another --output")
+        check_writable(folder / _MARKER)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _MARKER).touch()
 
     _say("1/6  Python's standard library as text, and a tokenizer for it")
     corpus = write_corpus(folder)

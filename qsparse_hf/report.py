@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .decode.prepare import as_restored
-from .errors import UserError, user_errors
+from .errors import UserError, check_config, check_writable, user_errors
 from .modeling.configuration_qsparse import GROUPS, QSparseConfigMixin
 from .modeling.modeling_qsparse import QSparsePreTrainedModel
 from .registration import FAMILIES, projection_groups_of
@@ -225,11 +225,12 @@ def report_checkpoint(
     """
     if tokens < 1:
         raise UserError(f"tokens must be at least 1, got {tokens}")
-    if output is not None:
-        with user_errors(output):
-            Path(output).mkdir(parents=True, exist_ok=True)
+    targets = [Path(output) / name for name in ("sparsity.json", "sparsity.png")] if output is not None else []
+    for target in targets:
+        check_writable(target)
     with user_errors(", ".join(map(str, text_files))):
         text = "\n".join(Path(file).read_text(encoding="utf-8", errors="replace") for file in text_files)
+    check_config(model)
     with user_errors(model):
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
@@ -240,8 +241,10 @@ def report_checkpoint(
     with user_errors(model), tqdm(rows, desc="measuring", unit="row") as progress:
         report = sparsity_report(loaded, progress)
     if output is not None:
-        report.save_json(Path(output) / "sparsity.json")
-        report.save_plot(Path(output) / "sparsity.png")
+        with user_errors(output):
+            Path(output).mkdir(parents=True, exist_ok=True)
+            for save, target in zip((report.save_json, report.save_plot), targets, strict=True):
+                save(target)
     return report
 
 

@@ -481,7 +481,7 @@ def drop_tensor(folder):
         (index_names(5), {}, "no weight_map"),
         (write_index("[" * 100_000), {}, "cannot be read as JSON"),
         (nest_config, {}, "config.json cannot be read as JSON"),
-        (set_config(num_hidden_layers=0), {}, "num_hidden_layers must be an integer from 1 to 1000, got 0"),
+        (set_config(num_hidden_layers=0), {}, "num_hidden_layers must be an integer from 1 to 10,000, got 0"),
         (set_config(num_hidden_layers=10**9), {}, "num_hidden_layers must be .*, got 1000000000"),
         (set_config(num_hidden_layers="2"), {}, "num_hidden_layers must be .*, got '2'"),
         (set_config(save_pretrained="x"), {}, "'save_pretrained' would hide"),

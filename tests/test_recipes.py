@@ -2,10 +2,13 @@
 
 import json
 import math
+import re
+import time
 from copy import copy
 
 import pytest
 import torch
+import yaml
 from conftest import REPOSITORY, make, sparse_config
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Qwen2Config, get_scheduler
 
@@ -13,6 +16,7 @@ from qsparse_hf.errors import UserError
 from qsparse_hf.registration import FAMILIES
 from qsparse_hf.report import count_parameters
 from qsparse_hf.training.recipe import Recipe, parse
+from qsparse_hf.training.run import train
 
 FOLDER = REPOSITORY / "configs" / "train"
 ORCA = ("Open-Orca/OpenOrca", {"system": "system_prompt", "prompt": "question", "completion": "response"}, None)
@@ -125,10 +129,10 @@ def test_the_models_that_are_continued_are_named_and_fit(recipe):
     assert 6e9 < total < 7.3e9
     assert activated == pytest.approx(total / 2, rel=1e-3)
     assert data.sequence_length <= dense.max_position_embeddings
-    if run.lora_fields:
+    if run.lora:
         from peft import LoraConfig, get_peft_model
 
-        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **run.lora_fields))
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **run.lora))
         trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
         assert trained == 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
 
@@ -150,21 +154,181 @@ def test_a_global_batch_is_shared_by_all_processes(recipe, monkeypatch):
                 parse(str(FOLDER / f"{name}.yaml"), ["use_cpu=true"])
 
 
-def test_values_in_mappings_keep_their_type(tmp_path):
-    (tmp_path / "run.yaml").write_text(
-        "config: a\ntokenizer: b\ntrain_data: [c, {files: d, probability: 0.5}]\noutput_dir: e\nuse_cpu: true\n"
-        "lr_scheduler_kwargs: {lr_end: 1e-6, power: 1.0}\nmodel_fields: {sparsity: 6e-1, sparsity_ste: no}\n"
+BASE = {"model": "m", "train_data": ["a.jsonl"], "output_dir": "o", "use_cpu": True}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Parses a recipe of these lines and what every recipe needs beside them."""
+
+    def parsed(lines: str, *overrides: str) -> Recipe:
+        needed = {key: value for key, value in BASE.items() if not re.search(rf"^{key}:", lines, re.MULTILINE)}
+        (tmp_path / "run.yaml").write_text(lines + yaml.safe_dump(needed))
+        return parse(str(tmp_path / "run.yaml"), list(overrides))
+
+    return parsed
+
+
+def test_values_in_mappings_keep_their_type(written):
+    run, data, training = written(
+        "train_data: [c, {files: d, probability: 0.5}]\nlr_scheduler_kwargs: {lr_end: 1e-6, power: 1.0}\n"
+        "model_fields: {sparsity: 6e-1, sparsity_ste: no, 2024-01-01: 2024-01-02, on: 1}\n"
     )
-    run, data, training = parse(str(tmp_path / "run.yaml"), [])
     assert training.lr_scheduler_kwargs == {"lr_end": 1e-6, "power": 1.0}
-    assert run.fields == {"sparsity": 0.6, "sparsity_ste": False}
+    assert run.model_fields == {"sparsity": 0.6, "sparsity_ste": False, "2024-01-01": "2024-01-02", "on": 1}
     assert data.train_data == ["c", json.dumps({"files": "d", "probability": 0.5})]
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path):
-    (tmp_path / "run.yaml").write_text("model: a\nmodel: b\n")
-    with pytest.raises(UserError, match="'model' stands twice, again in line 2"):
-        parse(str(tmp_path / "run.yaml"), [])
+def test_an_item_is_an_item_and_text_is_text(written):
+    _, data, training = written("train_data: [a.jsonl, --seed=7, --]\nrun_name: --seed=8\nreport_to: [none]\n")
+    assert data.train_data == ["a.jsonl", "--seed=7", "--"]
+    assert (training.seed, training.run_name, training.report_to) == (42, "--seed=8", [])
+    _, data, training = written("", "eval_data=[b, --seed=7]", "run_name=--", "report_to=[tensorboard, wandb]")
+    assert data.eval_data == ["b", "--seed=7"]
+    assert (training.seed, training.run_name, training.report_to) == (42, "--", ["tensorboard", "wandb"])
+
+
+def test_values_arrive_as_their_field_wants_them(written):
+    run, data, training = written(
+        "train_data: {files: d}\neval_data:\nrun_name: 2024-13-45\ninclude_num_input_tokens_seen: no\nseed: 0\n"
+        "max_grad_norm: inf\nliger_kernel_config: {rope: false}\noptim_target_modules: [q, v]\nlora:\n"
+        "save_strategy: no\nuse_cpu: on\n"
+    )
+    assert data.train_data == [json.dumps({"files": "d"})]
+    assert (data.eval_data, run.lora) == ([], {})
+    assert (training.run_name, training.include_num_input_tokens_seen) == ("2024-13-45", "no")
+    assert (training.seed, training.max_grad_norm, training.use_cpu) == (0, math.inf, True)
+    assert training.liger_kernel_config == {"rope": False}
+    assert training.optim_target_modules == ["q", "v"]
+    assert training.save_strategy == "no"
+
+
+def test_null_is_a_value_where_the_field_takes_it(written):
+    pytest.importorskip("trl")
+    assert written("stage: sft\nmax_length: null\n").training.max_length is None
+    assert written("stage: sft\n", "max_length=").training.max_length is None
+
+
+def test_anchors_and_merges_work_at_the_top_too(written):
+    lines = (
+        "<<: &base {seed: 3, learning_rate: 1e-4}\nseed: 5\nmodel_fields: &fields {a: 1}\nlora: {<<: *fields, r: 2}\n"
+    )
+    run, _, training = written(lines)
+    assert (training.seed, training.learning_rate) == (5, 1e-4)
+    assert run.lora == {"a": 1, "r": 2}
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("model: a\nmodel: b\n", "line 2: 'model' stands twice"),
+        ("lora: {r: 1, r: 2}\n", "line 1: 'r' stands twice"),
+        ("train_data:\n  - \n", "line 1: train_data has an empty entry"),
+        ("seed: 1\neval_data: [a, '']\n", "line 2: eval_data has an empty entry"),
+        ("train_data: ''\n", "train_data must be a list of text, got ''"),
+        ("train_data: [[a]]\n", "train_data must be a list of text"),
+        ("model: [a]\n", "model must be text or null, got ['a']"),
+        ("output_dir: {a: 1}\n", "output_dir must be text or null"),
+        ("use_cpu: !!bool maybe\n", "use_cpu must be true or false, got 'maybe'"),
+        ("lora: {r: !!bool maybe}\n", "line 1: lora: 'maybe' is no bool"),
+        ("lora: {r: 0b_}\n", "line 1: lora: '0b_' is no int"),
+        ("logging_steps: 0b_\n", "logging_steps must be a number, got '0b_'"),
+        ("seed: 2024-13-45\n", "seed must be a whole number, got '2024-13-45'"),
+        (f"seed: {'5' * 5000}\n", "seed must be a whole number, got '5555"),
+        ("on: 5\n", "line 1: unknown key 'on'"),
+        ("~: 5\n", "line 1: unknown key '~'"),
+        ("? [a]\n: 3\n", "line 1: a key must be text"),
+        ("<<: *base\n", "line 1: found undefined alias 'base'"),
+        ("<<: 5\n", "line 1: while constructing a mapping: expected a mapping or list of mappings for merging"),
+        ("seed: !!python/object/apply:os.system [ls]\n", "line 1: unknown tag tag:yaml.org,2002:python/object"),
+        ("a: &a [*a]\n", "an alias stands within what it repeats"),
+        ("a: " + "[" * 2000, "lists or mappings stand too deep within each other"),
+        ("a: {b\n", "line 2: while parsing a flow mapping: expected ',' or '}'"),
+        ("seed: 5000000000\n", "seed must be at most 4294967295, got 5000000000"),
+        ("dataloader_num_workers: -1\n", "dataloader_num_workers must be at least 0, got -1"),
+        ("logging_steps: nan\n", "logging_steps must be a finite number, got nan"),
+        ("logging_steps: -1\n", "logging_steps must be at least 0, got -1"),
+        ("learning_rate: inf\n", "learning_rate must be a finite number, got inf"),
+        ("max_grad_norm: nan\n", "max_grad_norm must be a finite number, got nan"),
+        ("max_steps: -2\n", "max_steps must be at least -1, got -2"),
+        (f"max_steps: {10**30}\n", "max_steps must be at most 9223372036854775807"),
+        ("save_total_limit: 0\n", "save_total_limit must be at least 1, got 0"),
+        ("label_smoothing_factor: 2\n", "label_smoothing_factor must be at most 1, got 2"),
+        ("lr_scheduler_type: bogus\n", "lr_scheduler_type must be one of linear, cosine, "),
+        ("log_level: bogus\n", "log_level must be one of detail, debug, "),
+        ("include_num_input_tokens_seen: bogus\n", "must be one of all, non_padding, no, got 'bogus'"),
+        ("dtype: int8\n", "dtype must be one of float32, bfloat16, float16, auto, got 'int8'"),
+        ("debug: bogus\n", "debug: bogus is not a valid DebugOption"),
+        ("accelerator_config: bogus.json\n", "accelerator_config: No such file or directory: 'bogus.json'"),
+        ("parallelism_config: 3\n", "parallelism_config must be a ParallelismConfig (made in Python alone) or null"),
+    ],
+)
+def test_mistakes_name_their_line_and_key(written, lines, said):
+    with pytest.raises(UserError, match=re.escape(said)) as raised:
+        written(lines)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train_data=[a, ]x", "is not YAML"),
+        ("train_data=[a, ~]", "train_data=[a, ~]: train_data has an empty entry"),
+        ("train_data=-", "train_data has an empty entry"),
+        ("run_name=x\nseed: 7", "run_name=x seed: 7 is not YAML"),
+        ("run_name={a: 1}", "run_name must be text or null, got {'a': 1}"),
+        ("lora={r: 0b_}", "lora={r: 0b_}: lora: '0b_' is no int"),
+        (f"seed={'5' * 5000}", "seed must be a whole number"),
+        ("seed=nan", "seed=nan: seed must be a whole number, got 'nan'"),
+        ("=x", "unknown key ''"),
+    ],
+)
+def test_mistakes_in_overrides_name_them(written, override, said):
+    with pytest.raises(UserError, match=re.escape(said)) as raised:
+        written("", override)
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_aliases_of_aliases_are_refused_at_once(written, merged):
+    lines = ["x0: &x0 {a: 1}"]
+    for level in range(1, 40):
+        aliases = ", ".join([f"*x{level - 1}"] * 9)
+        lines.append(f"x{level}: &x{level} " + (f"{{<<: [{aliases}]}}" if merged else f"[{aliases}]"))
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="is too large: with its aliases written out, at most 1,000,000"):
+        written("\n".join([*lines, ""]))
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("name", ["nothing.yaml", "a\0b", "x" * 300, "loop", "folder"])
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path, name):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=r"^\S*" + re.escape(name[:20])):
+        parse(str(tmp_path / name), [])
+
+
+def test_resume_from_checkpoint_is_a_yes_or_no_too(tiny_checkpoint, tmp_path):
+    (tmp_path / "text.txt").write_text("one two three four " * 99)
+    recipe = {"model": str(tiny_checkpoint), "train_data": [str(tmp_path / "text.txt")], "sequence_length": 16}
+    recipe |= {"output_dir": str(tmp_path / "run"), "use_cpu": True, "save_steps": 1, "report_to": "none"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+
+    def run(updates: int, resume: str) -> int:
+        return train(str(tmp_path / "run.yaml"), [f"max_steps={updates}", resume]).state.global_step
+
+    for word in ("true", "Yes"):
+        with pytest.raises(
+            UserError, match=r"run holds no complete checkpoint to go on from; .*=last begins at update 0"
+        ):
+            run(1, f"resume_from_checkpoint={word}")
+    assert run(1, "resume_from_checkpoint=false") == 1
+    with pytest.raises(UserError, match="run holds checkpoint-1 of an earlier run"):
+        run(2, "resume_from_checkpoint=no")
+    assert run(2, "resume_from_checkpoint=true") == 2
 
 
 def test_the_chat_template_is_plain_text_and_marks_what_is_learnt(tiny_tokenizer):

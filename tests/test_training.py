@@ -225,7 +225,7 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capfd):
         (["optim=adamw_bnb_8bit"], "optimizer or schedule: .*bitsandbytes"),
         (["train_data=[{files: 2024-01-01}]"], "no file matches '2024-01-01'"),
         (["train_data=[{files: 3}]"], "files of a data source must be a path or several, got 3"),
-        (["{[a]: 1}=2"], "is not YAML"),
+        (["{[a]: 1}=2"], "unknown key '{.a.: 1}'"),
         (["nonsense"], "key=value, got 'nonsense'"),
     ],
 )
@@ -255,7 +255,7 @@ def test_yaml_values_arrive_as_their_field_wants_them(run_config, tmp_path):
     assert training.learning_rate == 1e-4
     assert training.bf16 is True
     assert data.train_data == ["a", "b"]
-    assert model.fields == {"sparsity": 0.5}
+    assert model.model_fields == {"sparsity": 0.5}
 
 
 @pytest.mark.parametrize("content", ["", "- a\n- b", "a: [", "{", "a: \xff"])

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import UserError, first_line
+from ..errors import UserError, one_line
 from .throughput import Stopwatch
 
 COMPLETE = "complete"
@@ -73,7 +73,7 @@ def whole_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         last = complete_checkpoints(output_dir)
         kept = f"the last complete one is {last[-1]}" if last else "there is no earlier one"
-        raise UserError(f"{folder} could not be written: {first_line(error)}; {kept}") from error
+        raise UserError(f"{folder} could not be written: {one_line(error)}; {kept}") from error
 
 
 class _Watched(NamedTuple):

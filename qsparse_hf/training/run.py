@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,12 +24,12 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
-from ..errors import Interrupted, UserError, first_line, user_errors
+from ..errors import Interrupted, UserError, check_config, check_writable, one_line, user_errors
 from ..modeling.backend import choose
 from ..modeling.sparsify import IMPLS
 from .data import collate_packed, pack_on_disk
 from .faults import complete_checkpoints
-from .recipe import Recipe, RunArguments, parse
+from .recipe import BOOLEANS, Recipe, RunArguments, parse
 from .streaming import PackedStream
 from .trainer import QSparseArguments, QSparseTrainer
 from .training_report import write_training_report
@@ -65,24 +67,26 @@ def load_model(arguments: RunArguments, trained: str | None = None) -> PreTraine
         arguments: what to load.
         trained: a checkpoint of a run with these arguments, whose weights or adapters are wanted instead.
     """
-    if trained and not arguments.lora_fields:
+    if trained and not arguments.lora:
         arguments = replace(arguments, stage="continue", model=trained, config=None)
-    source = arguments.model or arguments.config
-    if (Path(source) / "adapter_config.json").exists():
-        raise UserError(f"{source} holds adapters of another model; merge them into it first (PEFT: merge_and_unload)")
+    source = arguments.source
     with user_errors(source):
-        config, unknown = AutoConfig.from_pretrained(source, **arguments.fields, return_unused_kwargs=True)
+        if (Path(source) / "adapter_config.json").exists():
+            raise UserError(
+                f"{source} holds adapters of another model; merge them into it first (PEFT: merge_and_unload)"
+            )
+        config, unknown = AutoConfig.from_pretrained(source, **arguments.model_fields, return_unused_kwargs=True)
         if unknown:
             raise UserError(f"model_fields: {config.model_type} has no field {next(iter(unknown))!r}")
         if arguments.model:
             model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=arguments.dtype)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=arguments.dtype)
-    if trained and arguments.lora_fields:
+    if trained and arguments.lora:
         model = PeftModel.from_pretrained(model, trained, is_trainable=True)
-    elif arguments.lora_fields:
+    elif arguments.lora:
         with user_errors("lora"):
-            model = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM"} | arguments.lora_fields))
+            model = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM"} | arguments.lora))
     return model
 
 
@@ -107,6 +111,7 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
     if arguments.device.type == "cpu":
         arguments.dataloader_pin_memory = False  # it only warns there
 
+    check_config(recipe.run.source, recipe.run.model_fields)
     tokenizer_source = recipe.run.tokenizer or recipe.run.model
     with user_errors(tokenizer_source):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
@@ -124,7 +129,7 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
     trainer.facts |= {
         "train_data": recipe.data.train_data,
         "sequence_length": recipe.data.sequence_length,
-        "lora": recipe.run.lora_fields,
+        "lora": recipe.run.lora,
     }
     if finished:
         trainer.state = finished
@@ -137,7 +142,7 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
         trainer.save_state()
     except Exception as error:  # safetensors, torch and the file system each raise their own
         raise UserError(
-            f"{arguments.output_dir}: the trained model could not be written: {first_line(error)}; "
+            f"{arguments.output_dir}: the trained model could not be written: {one_line(error)}; "
             "resume_from_checkpoint=last tries again"
         ) from error
     if trainer.eval_dataset is not None:
@@ -210,14 +215,35 @@ def _check(recipe: Recipe) -> None:
         optimizer = optimizer_class([torch.zeros(1, requires_grad=True)], **options)
         kwargs = arguments.lr_scheduler_kwargs
         get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=kwargs)
+    with user_errors("dataloader"):
+        DataLoader(
+            TensorDataset(torch.zeros(1)),
+            num_workers=arguments.dataloader_num_workers,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            persistent_workers=arguments.dataloader_persistent_workers,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context,
+        )
+    if arguments.torch_compile:
+        with user_errors("torch_compile"):
+            torch.compile(nn.Identity(), backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
+    with user_errors("report_to"):
+        get_reporting_integration_callbacks(arguments.report_to)
+    if arguments.process_index == 0:
+        check_writable(Path(arguments.output_dir) / "trainer_state.json")
 
 
 def _checkpoint_to_resume(arguments: QSparseArguments) -> str | None:
-    if Path(arguments.output_dir).exists() and not Path(arguments.output_dir).is_dir():
-        raise UserError(f"output_dir {arguments.output_dir} is a file")
     complete = complete_checkpoints(arguments.output_dir)
     checkpoint = arguments.resume_from_checkpoint
-    if checkpoint in ("last", "true", "True"):
+    asked = BOOLEANS.get((checkpoint or "").lower())
+    if asked is False:
+        checkpoint = None
+    if asked and not complete:
+        raise UserError(
+            f"{arguments.output_dir} holds no complete checkpoint to go on from; "
+            "resume_from_checkpoint=last begins at update 0 where there is none"
+        )
+    if asked or checkpoint == "last":
         if not complete:
             logger.warning(f"{arguments.output_dir} holds no complete checkpoint; the run begins at update 0")
         return str(complete[-1]) if complete else None
@@ -226,8 +252,11 @@ def _checkpoint_to_resume(arguments: QSparseArguments) -> str | None:
             f"{arguments.output_dir} holds {complete[-1].name} of an earlier run; "
             "go on with resume_from_checkpoint=last, or choose another output_dir"
         )
-    if checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").exists():
-        raise UserError(f"resume_from_checkpoint must be `last` or a checkpoint's folder, got {checkpoint!r}")
+    with user_errors("resume_from_checkpoint"):
+        if checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").exists():
+            raise UserError(
+                f"resume_from_checkpoint must be `last`, true, false or a checkpoint's folder, got {checkpoint!r}"
+            )
     return checkpoint
 
 
@@ -266,6 +295,8 @@ def _train(trainer: Trainer, resume: str | None) -> None:
         trainer.add_callback(bar)
     try:
         result = trainer.train(resume_from_checkpoint=resume)
+    except ImportError as error:  # a package that an argument asks for, liger-kernel for one, is looked for only here
+        raise UserError(one_line(error)) from error
     finally:
         if bar:
             bar.close()

@@ -26,7 +26,7 @@ from datasets import (
 )
 from datasets.fingerprint import Hasher
 
-from ..errors import UserError, first_line
+from ..errors import UserError, one_line
 
 # What a column of a source can be. Language modelling reads `text`; SFT reads any of these sets.
 ROLES = ({"text"}, {"messages"}, {"prompt", "completion"}, {"system", "prompt", "completion"})
@@ -315,7 +315,7 @@ def reason(error: BaseException) -> str:
     """What the exception at the bottom says: libraries wrap it in their own."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return first_line(error)
+    return one_line(error)
 
 
 class RowCheck:
