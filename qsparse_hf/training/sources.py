@@ -433,9 +433,8 @@ def _document(row: object, columns: dict[str, str], origin: str) -> dict:
     document = dict.fromkeys(FEATURES) | {"origin": origin}
     try:
         return document | _by_role(row, columns)
-    except _BadRow as bad:  # in one line that any terminal and any file takes
-        problem = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(bad))
-        return document | {"problem": problem}
+    except _BadRow as bad:
+        return document | {"problem": _printable(str(bad))}
 
 
 def _by_role(row: object, columns: dict[str, str]) -> dict[str, object]:
@@ -523,7 +522,12 @@ def reason(error: BaseException) -> str:
     said = " ".join(str(error).split())
     if isinstance(error, KeyError) or not said:  # a name alone says nothing
         said = f"{type(error).__name__} {said}".strip()
-    return f"{said:.300}"
+    return _printable(f"{said:.300}")
+
+
+def _printable(text: str) -> str:
+    """`text` in one line that any terminal and any file takes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class RowCheck:
