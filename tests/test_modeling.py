@@ -533,3 +533,20 @@ def test_exports_as_dense_llama_does(sparsity, gradients, tokens):
     with torch.set_grad_enabled(gradients):
         program = torch.export.export(model, (tokens,), {"use_cache": False}, strict=True)
     assert_close(program.module()(tokens, use_cache=False).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize(("sparsity", "gradients", "recomputed"), [(0.5, True, 2), (0.5, False, 0), (0, True, 0)])
+def test_compiled_training_selects_again_for_backward(sparsity, gradients, recomputed, tokens):
+    """In each layer, what the attention's output keeps; on a GPU `test_gpu.py` measures the memory that saves."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model = torch.compile(make(sparse_config("llama", sparsity=sparsity)), backend=backend)
+    with torch.set_grad_enabled(gradients):
+        model(tokens, use_cache=False)
+    operations = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert operations.count("tag_activation_checkpoint") == recomputed

@@ -364,7 +364,7 @@ class Sparsify(nn.Module):
         return select(form, inputs, self.selection)
 
     def forward(self, x: Tensor) -> Tensor | Survivors:
-        training = torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled() and self.selection.sparsity > 0
+        training = torch.compiler.is_compiling() and torch.is_grad_enabled() and self.selection.sparsity > 0
         if training and not torch.compiler.is_exporting():
             # Attention saves its output for its own backward. Selecting from it again there costs less than a second
             # tensor; an uncompiled model cannot be told so from here.
