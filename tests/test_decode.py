@@ -550,3 +550,15 @@ def test_a_copy_has_no_cache_of_the_last_call(tokens, replays):
     model.generate(tokens[:1, :4], **GREEDY)
     assert model._spare_cache is not None
     assert copy.deepcopy(model)._spare_cache is None
+
+
+def test_a_decoder_that_was_prepared_alone_is_prepared_whole(tokens, products):
+    model = make(sparse_config("llama"))
+    expected = model.generate(tokens[:1], **GREEDY)
+    model.model.prepare_for_decode()
+    assert model.model.is_prepared
+    assert model.prepare_for_decode().is_prepared
+    assert torch.equal(model.generate(tokens[:1], **GREEDY), expected)
+    assert products
+    classes = [type(module) for module in make(sparse_config("llama")).modules()]
+    assert [type(module) for module in model.restore().modules()] == classes

@@ -56,6 +56,7 @@ def prepare(model: QSparsePreTrainedModel) -> None:
     """
     if model.is_prepared:
         return
+    restore(model)  # a part of it may be prepared
     if reason := obstacle(model):
         raise ValueError(f"prepare_for_decode needs plain linears with their weights in memory, and {reason}")
     try:
