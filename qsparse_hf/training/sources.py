@@ -167,15 +167,16 @@ def read_documents(sources: list[Source], *, streaming: bool, seed: int) -> tupl
         raise UserError("give a probability to every data source or to none")
     if probabilities and abs(sum(probabilities) - 1) > 1e-6:
         raise UserError(f"the probabilities of the data sources must add up to 1, got {sum(probabilities):g}")
-    parts, contents = zip(*(_open(source, streaming, seed) for source in sources), strict=True)
+    opened = [_open(source, streaming, seed) for source in sources]
+    parts, contents = [part for part, _ in opened], [content for _, content in opened]
     if streaming:  # a buffer of one leaves rows where they are and draws the order of the shards alone
         parts = [part.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1) for part in parts]
     if len(parts) == 1:
         documents = parts[0]
     elif probabilities:
-        documents = interleave_datasets(list(parts), probabilities, seed=seed, stopping_strategy="first_exhausted")
+        documents = interleave_datasets(parts, probabilities, seed=seed, stopping_strategy="first_exhausted")
     else:
-        documents = concatenate_datasets(list(parts))
+        documents = concatenate_datasets(parts)
     return documents, None if None in contents else Hasher.hash((contents, probabilities, seed))
 
 
