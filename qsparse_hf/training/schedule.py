@@ -1,8 +1,15 @@
 """How the sparsity grows over the first updates."""
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .trainer import QSparseTrainingArguments
 
 
 def sparsity_factor(update: int, ramp_steps: int, levels: int = 10) -> float:
@@ -20,26 +27,42 @@ def sparsity_factor(update: int, ramp_steps: int, levels: int = 10) -> float:
 
 
 class SparsityRamp(TrainerCallback):
-    """Sets the model's sparsity at the start of every update, from the update's number alone: a resumed run agrees."""
+    """Sets the model's sparsity at the start of every update, from the update's number alone: a resumed run agrees.
 
-    def __init__(self, ramp_steps: int, levels: int) -> None:
-        self.ramp_steps = ramp_steps
-        self.levels = levels
+    The arguments are read at every call: a hyperparameter search sets them between its trials.
+    """
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+        self, args: "QSparseTrainingArguments", state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
-        if self.ramp_steps > state.max_steps:
+        if args.sparsity_ramp_steps > state.max_steps:
             raise UserError(
-                f"sparsity_ramp_steps must be at most the number of updates ({state.max_steps}), got {self.ramp_steps}"
+                f"sparsity_ramp_steps must be at most the number of updates ({state.max_steps}), "
+                f"got {args.sparsity_ramp_steps}"
             )
+        if args.sparsity_ramp_steps and args.torch_compile:  # every level is a program of its own
+            config = torch._dynamo.config
+            config.recompile_limit = max(config.recompile_limit, args.sparsity_ramp_levels + 8)
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+        self,
+        args: "QSparseTrainingArguments",
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs,
     ) -> None:
-        model.scale_sparsity(sparsity_factor(state.global_step, self.ramp_steps, self.levels))
+        if args.sparsity_ramp_steps:
+            factor = sparsity_factor(state.global_step, args.sparsity_ramp_steps, args.sparsity_ramp_levels)
+            model.scale_sparsity(factor)
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+        self,
+        args: "QSparseTrainingArguments",
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs,
     ) -> None:
-        model.scale_sparsity(1)
+        if args.sparsity_ramp_steps:
+            model.scale_sparsity(1)

@@ -6,24 +6,33 @@ parent, what is logged, and checkpoints that are whole or not there.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
-from ..errors import UserError, user_errors
+from ..errors import UserError
 from ..report import projections, sparsity_report
-from .distillation import forward_kl
+from .distillation import forward_kl, load_teacher, require_same_vocabulary
 from .faults import Heartbeat, checkpoint_facts, whole_checkpoint
 from .schedule import SparsityRamp
 from .sharding import has_shards, load_sharded_optimizer, without_shards
 from .streaming import PackedStream, StreamProgress
-from .throughput import attention_flops_per_token, number_of_experts, peak_flops, training_flops_per_token
+from .throughput import (
+    attention_flops_per_token,
+    count_tokens,
+    main_input,
+    number_of_experts,
+    peak_flops,
+    training_flops_per_token,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -87,6 +96,14 @@ class QSparseArguments:
         if self.max_steps == 0:
             raise UserError("max_steps must be at least 1, or -1 to go by num_train_epochs, got 0")
         super().__post_init__()
+        self.settle()
+
+    def settle(self) -> None:
+        """Hold the fields against each other, and derive `gradient_accumulation_steps` from `global_batch_size`.
+
+        Raises:
+            UserError: two that contradict each other.
+        """
         if 0 < self.max_steps < self.sparsity_ramp_steps:
             raise UserError(
                 f"sparsity_ramp_steps must be at most max_steps ({self.max_steps}), got {self.sparsity_ramp_steps}"
@@ -118,87 +135,131 @@ class QSparseTrainingArguments(QSparseArguments, TrainingArguments):
     """`TrainingArguments` and the fields of `QSparseArguments`."""
 
 
-def _load_teacher(args: QSparseArguments, model: PreTrainedModel) -> PreTrainedModel:
-    """The dense parent, whole in every process, in the precision that `model` computes in."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
-    with user_errors(f"distill_from: {args.distill_from}"):
-        teacher = AutoModelForCausalLM.from_pretrained(args.distill_from, dtype=dtype)
-    if teacher.config.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"distill_from: {args.distill_from} has a vocabulary of {teacher.config.vocab_size}, "
-            f"the model one of {model.config.vocab_size}"
-        )
-    return teacher.to(args.device).eval().requires_grad_(False)
-
-
 class QSparseTrainerMixin:
     """What makes a `Trainer` one for Q-Sparse models and, for the comparison, their dense twins.
 
     With every logged loss go
-    - `tokens_seen`, `tokens_per_second` and, on hardware whose peak is known, `mfu`, all over all processes;
+    - `tokens_seen`, `tokens_per_second` and, on hardware whose peak is known, `mfu`, all over all processes; padding is
+      left out of them where `include_num_input_tokens_seen` is `non_padding`;
     - `peak_memory_gib` of this process's GPU;
     - `sparsity/<group>`, `sparsity/all` and `activated_parameters`, measured on the first row of the latest batch;
     - `distill_kl` and `cross_entropy`, the parts of the loss where there is a parent to learn from, in nats a token;
     - `rows_skipped` of a stream that skips bad rows, as far as it has been read ahead.
 
     Attributes:
-        facts: what a checkpoint must agree on for a run to go on from it; add to it before `train`.
+        facts: what a checkpoint must agree on for a run to go on from it, beside the model, the seed and the rows of an
+            update; add to it before `train`.
     """
 
     arguments_class: type = QSparseTrainingArguments
 
-    def __init__(self, model: nn.Module, args: QSparseArguments, *rest, **kwargs) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | str | None = None,
+        args: QSparseArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | None = None,
+        *rest,
+        **kwargs,
+    ) -> None:
         if not isinstance(args, self.arguments_class):
             raise TypeError(f"args must be {self.arguments_class.__name__}, got {type(args).__name__}")
-        stream = kwargs.get("train_dataset") if isinstance(kwargs.get("train_dataset"), PackedStream) else None
+        stream = train_dataset if isinstance(train_dataset, PackedStream) else None
         if stream and args.dataloader_num_workers:
             raise UserError(
                 "a stream packs in a thread of its own and needs dataloader_num_workers 0, "
                 f"got {args.dataloader_num_workers}"
             )
-        self._teacher = _load_teacher(args, model) if args.distill_from else None
-        self._text_config = model.config.get_text_config()
-        if args.ddp_find_unused_parameters is None:  # experts that no token reached have no gradient
-            args.ddp_find_unused_parameters = number_of_experts(self._text_config) > 0
-        super().__init__(model, args, *rest, **kwargs)
-        self._latest_row: dict[str, Tensor] | None = None
-        self._measures = args.log_sparsity and any(True for _ in projections(self.model))
-        if args.sparsity_ramp_steps:
-            if not hasattr(self.model, "scale_sparsity"):
-                raise UserError(f"sparsity_ramp_steps needs a Q-Sparse model, got {type(self.model).__name__}")
-            self.add_callback(SparsityRamp(args.sparsity_ramp_steps, args.sparsity_ramp_levels))
-            if args.torch_compile:  # every level is a program of its own
-                config = torch._dynamo.config
-                config.recompile_limit = max(config.recompile_limit, args.sparsity_ramp_levels + 8)
-        self.heartbeat = Heartbeat()
+        self.facts: dict[str, object] = {}
+        self._teacher: PreTrainedModel | None = None
+        if isinstance(model, nn.Module):
+            self._find_teacher(model, args)  # before anything is written
+        super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
+        self._follow(self.model)
+        self.add_callback(SparsityRamp())
+        self.heartbeat = Heartbeat(args.output_dir)
         self.add_callback(self.heartbeat)
         if stream:
             stream.rows_per_update = args.rows_per_update
             self.add_callback(StreamProgress(stream))
-        self.facts: dict[str, object] = {
-            "rows_per_update": args.rows_per_update,
-            "seed": args.seed,
-            "streaming": stream is not None,
-            "model": f"{model.config.model_type} of {sum(p.numel() for p in self.model.parameters()):,} weights",
-        }
+        self._stream_begin: dict | None = None
         self._restore_rng_from: str | None = None
-        self._weight_flops = training_flops_per_token(self.model, 0)  # before an engine shards them
         self._kl = torch.zeros((), device=args.device)
         self._kl_updates: set[int] = set()
+
+    def call_model_init(self, trial: object = None) -> nn.Module:
+        """As in Transformers, which calls it for every training: what is measured follows the new model."""
+        model = super().call_model_init(trial)
+        self._find_teacher(model, self.args)
+        self._follow(model)
+        return model
+
+    def _find_teacher(self, model: nn.Module, args: QSparseArguments) -> None:
+        """Have the teacher of `model` ready, in the precision that it computes in."""
+        if args.distill_from is None:
+            return
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+        if self._teacher is None or self._teacher.dtype != dtype:
+            self._teacher = load_teacher(args.distill_from, dtype, args.device)
+        require_same_vocabulary(self._teacher, model)
+
+    def _follow(self, model: nn.Module) -> None:
+        """Take from `model`, before an engine shards it, what depends on which model is trained."""
+        if self.args.sparsity_ramp_steps and not hasattr(model, "scale_sparsity"):
+            raise UserError(f"sparsity_ramp_steps needs a Q-Sparse model, got {type(model).__name__}")
+        self._text_config = model.config.get_text_config()
+        if self.args.ddp_find_unused_parameters is None:  # experts that no token reached have no gradient
+            self.args.ddp_find_unused_parameters = number_of_experts(self._text_config) > 0
+        self._measures = self.args.log_sparsity and any(True for _ in projections(model))
+        self._latest_row: dict[str, Tensor] | None = None
+        self._weight_flops = training_flops_per_token(model, 0)
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        self._model_fact = f"{model.config.model_type} of {weights:,} weights"
+
+    def _hp_search_setup(self, trial: object) -> None:
+        """As in Transformers: sets the arguments of a trial; what was derived from them is derived again."""
+        if trial is not None and self.args.global_batch_size is not None:
+            self.args.gradient_accumulation_steps = 1
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            self.args.settle()
+            self._follow(self.model)
+        if isinstance(self.train_dataset, PackedStream):
+            self.train_dataset.rows_per_update = self.args.rows_per_update
+        self.heartbeat.run_dir = self._get_output_dir(trial)
+
+    def _all_facts(self) -> dict[str, object]:
+        return {
+            "rows_per_update": self.args.rows_per_update,
+            "seed": self.args.seed,
+            "streaming": isinstance(self.train_dataset, PackedStream),
+            "model": self._model_fact,
+        } | self.facts
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As in Transformers. SIGTERM or SIGINT saves a checkpoint and ends it; `heartbeat.stopped_by` says so."""
         folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         if folder:
             self._check_checkpoint(folder)
-        if folder and isinstance(self.train_dataset, PackedStream):
-            self.train_dataset.resume(json.loads(Path(folder, _STREAM_STATE).read_text()))
-            self.args.ignore_data_skip = True  # the stream begins there, nothing is left to skip
-            self._restore_rng_from = folder
+        if isinstance(self.train_dataset, PackedStream):
+            self._rewind(self.train_dataset, folder)
+        self._kl.zero_()
+        self._kl_updates.clear()
         with self.heartbeat.listening():
-            result = super().train(folder, *args, **kwargs)
+            result = super().train(folder or resume_from_checkpoint, *args, **kwargs)
         self.heartbeat.require_finite(self.model, self.args, self.state.global_step)
         return result
+
+    def _rewind(self, stream: PackedStream, folder: str | None) -> None:
+        """Set the stream to where a checkpoint was taken, or to where the first training began."""
+        if self._stream_begin is None:
+            self._stream_begin = stream.state()
+        if folder:
+            stream.resume(json.loads(Path(folder, _STREAM_STATE).read_text()))
+            self.args.ignore_data_skip = True  # the stream begins there, nothing is left to skip
+            self._restore_rng_from = folder
+        else:
+            stream.resume(self._stream_begin)
 
     def _check_checkpoint(self, folder: str) -> None:
         """Whether this trainer can go on from a checkpoint as if it had not stopped."""
@@ -213,7 +274,7 @@ class QSparseTrainerMixin:
         mark = mark or {}
         if mark.get("save_only_model"):
             raise UserError(f"{folder} was saved with save_only_model and holds nothing to go on with but the weights")
-        for name, now in self.facts.items():
+        for name, now in self._all_facts().items():
             then = mark.get(name, now)
             if then != now:
                 raise UserError(f"{folder} is of a run with {name} {then}, and a run with {now} would be another one")
@@ -234,11 +295,17 @@ class QSparseTrainerMixin:
             self._latest_row = {
                 name: value[:1] for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim > 1
             }
+        name, read = main_input(inputs)
         longest = getattr(self.args, "max_length", None)  # TRL lays a batch of packed rows end to end
-        self._sequence_length = min(inputs["input_ids"].shape[-1], longest or math.inf)
+        self._sequence_length = min(read.shape[1], longest or math.inf)
+        padding = self.args.include_num_input_tokens_seen != "non_padding"
+        tokens = count_tokens(inputs, padding, getattr(self.processing_class, "pad_token_id", None))
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self.heartbeat.watch(self.state.global_step + 1, inputs["input_ids"], loss)
+        self.heartbeat.watch(self.state.global_step + 1, {name: read}, loss, tokens)
         return loss
+
+    def _track_num_input_tokens(self, inputs: dict) -> None:
+        """Leaves the counting to the heartbeat, which does it whatever is asked for, and once an update."""
 
     def compute_loss(
         self,
@@ -342,7 +409,7 @@ class QSparseTrainerMixin:
         """As in Transformers, but whole or not there; older ones are deleted only once the new one is whole."""
         update, writes, run_dir = self.state.global_step, self.args.should_save, self._get_output_dir(trial=trial)
         schedule = {name: str(getattr(self.args, name)) for name in _SCHEDULE}
-        facts = self.facts | schedule | {"save_only_model": self.args.save_only_model}
+        facts = self._all_facts() | schedule | {"save_only_model": self.args.save_only_model}
         self.heartbeat.require_finite(self.model, self.args, update)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
