@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate.utils.memory import release_memory
-from conftest import REPOSITORY, TINY, assert_close, dense_config, make, sparse_config
+from conftest import REPOSITORY, TINY, assert_close, dense_config, make, run_python, sparse_config
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -405,6 +405,13 @@ def test_adapters_that_add_positions_and_padding_are_logged(tmp_path):
     assert "sparsity/all" not in trainer.state.log_history[0]
     with pytest.raises(TypeError, match="must be QSparseTrainingArguments, got TrainingArguments"):
         QSparseTrainer(prompted, TrainingArguments(tmp_path, use_cpu=True))
+
+
+def test_the_trainer_loads_optional_packages_only_when_they_are_used():
+    code = "import sys; import qsparse_hf.training.trainer; print(*sys.modules)"
+    loaded = set(run_python(code).stdout.split())
+    assert "transformers" in loaded
+    assert not loaded & {"trl", "matplotlib", "tensorboard", "torch.utils.tensorboard"}
 
 
 def test_quickstart_in_small(tmp_path, monkeypatch, capfd):
