@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import get_training_chat_template
 from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
-from trl.data_utils import common_prefix_length
 
 from ..errors import UserError, first_line
 from .data import end_token
@@ -82,8 +81,8 @@ class Learner:
                 by_boundaries._answers(probe, rendered)
                 return by_boundaries
             except NotLearnable as error:
-                try:
-                    template = get_training_chat_template(tokenizer)
+                try:  # None would say that the template has marks
+                    template = get_training_chat_template(tokenizer) or template
                 except ValueError:
                     raise UserError(f"{error}; {_WAYS_OUT}") from None
         if not is_chat_template_stop_token_trained(tokenizer, chat_template=template):
@@ -150,7 +149,7 @@ class Learner:
         if not through.startswith(self._apply(asked, tokenize=False)):
             return None
         logger.warning_once("the chat template asks for an answer otherwise than it renders it in a conversation")
-        return common_prefix_length(prompt, through)
+        return next(at for at, pair in enumerate(zip(prompt, through, strict=False)) if pair[0] != pair[1])
 
     @cached_property
     def _generation_prompt(self) -> str:

@@ -1,5 +1,7 @@
 """Knowledge distillation from the dense parent."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,9 +25,10 @@ def load_teacher(source: str, dtype: torch.dtype, device: torch.device) -> PreTr
         UserError: there is no causal language model there, or weights of it are missing or of another shape.
     """
     with user_errors(f"distill_from: {source}"):
-        teacher, loaded = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    teacher, loaded = found  # two with output_loading_info
     for name, theirs, ours in sorted(loaded["mismatched_keys"]):
         raise UserError(f"distill_from: {source} holds {name} as {[*theirs]}, where its config.json says {[*ours]}")
     if missing := sorted(loaded["missing_keys"]):

@@ -170,10 +170,10 @@ class Heartbeat(TrainerCallback):
         bad = self._bad(update)
         flags = [torch.isfinite(_local(weight)).all() for weight in model.parameters()]
         broken = not all(torch.stack([flag.to(args.device) for flag in flags]).tolist())
-        failed, broken = self._sum(bool(bad), broken)
+        failed, anywhere_broken = self._sum(bool(bad), broken)
         if failed:
             self._fail(bad)
-        if broken:
+        if anywhere_broken:
             last = complete_checkpoints(self.run_dir)
             raise UserError(
                 f"a weight is not finite after update {update}; no checkpoint was written"

@@ -1,15 +1,14 @@
 """How the sparsity grows over the first updates."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from .trainer import QSparseTrainingArguments
+    from .trainer import QSparseArguments
 
 
 def sparsity_factor(update: int, ramp_steps: int, levels: int = 10) -> float:
@@ -29,40 +28,34 @@ def sparsity_factor(update: int, ramp_steps: int, levels: int = 10) -> float:
 class SparsityRamp(TrainerCallback):
     """Sets the model's sparsity at the start of every update, from the update's number alone: a resumed run agrees.
 
-    The arguments are read at every call: a hyperparameter search sets them between its trials.
+    Args:
+        arguments: the trainer's. They are read at every call: a hyperparameter search sets them between its trials.
     """
 
+    def __init__(self, arguments: "QSparseArguments") -> None:
+        self.arguments = arguments
+
     def on_train_begin(
-        self, args: "QSparseTrainingArguments", state: TrainerState, control: TrainerControl, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.sparsity_ramp_steps > state.max_steps:
+        steps = self.arguments.sparsity_ramp_steps
+        if steps > state.max_steps:
             raise UserError(
-                f"sparsity_ramp_steps must be at most the number of updates ({state.max_steps}), "
-                f"got {args.sparsity_ramp_steps}"
+                f"sparsity_ramp_steps must be at most the number of updates ({state.max_steps}), got {steps}"
             )
-        if args.sparsity_ramp_steps and args.torch_compile:  # every level is a program of its own
+        if steps and args.torch_compile:  # every level is a program of its own
             config = torch._dynamo.config
-            config.recompile_limit = max(config.recompile_limit, args.sparsity_ramp_levels + 8)
+            config.recompile_limit = max(config.recompile_limit, self.arguments.sparsity_ramp_levels + 8)
 
     def on_step_begin(
-        self,
-        args: "QSparseTrainingArguments",
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.sparsity_ramp_steps:
-            factor = sparsity_factor(state.global_step, args.sparsity_ramp_steps, args.sparsity_ramp_levels)
-            model.scale_sparsity(factor)
+        steps, levels = self.arguments.sparsity_ramp_steps, self.arguments.sparsity_ramp_levels
+        if steps:
+            kwargs["model"].scale_sparsity(sparsity_factor(state.global_step, steps, levels))
 
     def on_train_end(
-        self,
-        args: "QSparseTrainingArguments",
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.sparsity_ramp_steps:
-            model.scale_sparsity(1)
+        if self.arguments.sparsity_ramp_steps:
+            kwargs["model"].scale_sparsity(1)

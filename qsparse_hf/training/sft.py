@@ -32,11 +32,11 @@ class QSparseSFTConfig(QSparseArguments, SFTConfig):
     """TRL's `SFTConfig` and `QSparseArguments`; precision and checkpointing default as in Transformers."""
 
     bf16: bool = field(default=False, metadata={"help": "Mixed precision in bfloat16."})
-    gradient_checkpointing: bool | None = field(
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]  # None as in Transformers
         default=None, metadata={"help": "Compute activations again in the backward pass, for less memory."}
     )
 
-    assistant_only_loss: bool | None = field(
+    assistant_only_loss: bool | None = field(  # type: ignore[assignment]  # TRL's has no third value
         default=None,
         metadata={"help": "Of messages, learn the assistant's alone; false: all. A recipe's default is true."},
     )

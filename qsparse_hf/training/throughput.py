@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UserError
 
@@ -83,7 +83,7 @@ def count_tokens(inputs: Mapping[str, Tensor], padding: bool = True, pad_token_i
     return read.shape[:2].numel()
 
 
-def training_flops_per_token(model: nn.Module, sequence_length: int) -> float:
+def training_flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
     """Floating-point operations of one token's forward and backward pass, as PaLM counts them (arXiv 2204.02311, B).
 
     Every weight of a matrix product takes 2 forward, 2 for the gradient of its input, and 2 for its own gradient if it
@@ -115,7 +115,7 @@ def number_of_experts(config: PreTrainedConfig) -> int:
     return getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
 
 
-def attention_flops_per_token(config: PreTrainedConfig, sequence_length: int) -> float:
+def attention_flops_per_token(config: PreTrainedConfig, sequence_length: float) -> float:
     """The part of `training_flops_per_token` that grows with the sequence."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 12.0 * config.num_hidden_layers * config.num_attention_heads * head_size * sequence_length

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +37,19 @@ from .throughput import (
 
 logger = logging.get_logger(__name__)
 
+if TYPE_CHECKING:  # what the mixins are mixed into, or classes built on it
+    _Arguments = TrainingArguments
+    _Trainer = Trainer
+else:
+    _Arguments = _Trainer = object
+
 _STREAM_STATE = "stream.json"
 # Arguments that a run may go on with other values of, at the price of a schedule that is neither's.
 _SCHEDULE = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "warmup_steps")
 
 
 @dataclass
-class QSparseArguments:
+class QSparseArguments(_Arguments):
     """What a Q-Sparse trainer adds to the arguments of the trainer it is mixed into.
 
     Raises:
@@ -135,7 +142,7 @@ class QSparseTrainingArguments(QSparseArguments, TrainingArguments):
     """`TrainingArguments` and the fields of `QSparseArguments`."""
 
 
-class QSparseTrainerMixin:
+class QSparseTrainerMixin(_Trainer):
     """What makes a `Trainer` one for Q-Sparse models and, for the comparison, their dense twins.
 
     With every logged loss go
@@ -151,11 +158,15 @@ class QSparseTrainerMixin:
             update; add to it before `train`.
     """
 
-    arguments_class: type = QSparseTrainingArguments
+    arguments_class: type[QSparseArguments] = QSparseTrainingArguments
+    args: QSparseArguments
+    model: Any  # a PreTrainedModel, or what holds adapters or an engine around one
+    optimizer: Any  # of the engine, once training has begun
+    lr_scheduler: Any
 
     def __init__(
         self,
-        model: PreTrainedModel | nn.Module | str | None = None,
+        model: Any = None,
         args: QSparseArguments | None = None,
         data_collator: Callable | None = None,
         train_dataset: Dataset | None = None,
@@ -172,12 +183,12 @@ class QSparseTrainerMixin:
             )
         self.facts: dict[str, object] = {}
         self._teacher: PreTrainedModel | None = None
-        if isinstance(model, nn.Module):
+        if model is not None and not isinstance(model, str):
             self._find_teacher(model, args)  # before anything is written
         super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
         self._follow(self.model)
-        self.add_callback(SparsityRamp())
-        self.heartbeat = Heartbeat(args.output_dir)
+        self.add_callback(SparsityRamp(args))
+        self.heartbeat = Heartbeat(self._get_output_dir(trial=None))
         self.add_callback(self.heartbeat)
         if stream:
             stream.rows_per_update = args.rows_per_update
@@ -187,14 +198,14 @@ class QSparseTrainerMixin:
         self._kl = torch.zeros((), device=args.device)
         self._kl_updates: set[int] = set()
 
-    def call_model_init(self, trial: object = None) -> nn.Module:
+    def call_model_init(self, trial: Any = None) -> Any:
         """As in Transformers, which calls it for every training: what is measured follows the new model."""
-        model = super().call_model_init(trial)
+        model: Any = super().call_model_init(trial)
         self._find_teacher(model, self.args)
         self._follow(model)
         return model
 
-    def _find_teacher(self, model: nn.Module, args: QSparseArguments) -> None:
+    def _find_teacher(self, model: PreTrainedModel, args: QSparseArguments) -> None:
         """Have the teacher of `model` ready, in the precision that it computes in."""
         if args.distill_from is None:
             return
@@ -203,7 +214,7 @@ class QSparseTrainerMixin:
             self._teacher = load_teacher(args.distill_from, dtype, args.device)
         require_same_vocabulary(self._teacher, model)
 
-    def _follow(self, model: nn.Module) -> None:
+    def _follow(self, model: PreTrainedModel) -> None:
         """Take from `model`, before an engine shards it, what depends on which model is trained."""
         if self.args.sparsity_ramp_steps and not hasattr(model, "scale_sparsity"):
             raise UserError(f"sparsity_ramp_steps needs a Q-Sparse model, got {type(model).__name__}")
@@ -216,7 +227,7 @@ class QSparseTrainerMixin:
         weights = sum(parameter.numel() for parameter in model.parameters())
         self._model_fact = f"{model.config.model_type} of {weights:,} weights"
 
-    def _hp_search_setup(self, trial: object) -> None:
+    def _hp_search_setup(self, trial: Any) -> None:
         """As in Transformers: sets the arguments of a trial; what was derived from them is derived again."""
         if trial is not None and self.args.global_batch_size is not None:
             self.args.gradient_accumulation_steps = 1
@@ -238,7 +249,9 @@ class QSparseTrainerMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As in Transformers. SIGTERM or SIGINT saves a checkpoint and ends it; `heartbeat.stopped_by` says so."""
-        folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        folder = resume_from_checkpoint or None
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             self._check_checkpoint(folder)
         if isinstance(self.train_dataset, PackedStream):
@@ -269,7 +282,7 @@ class QSparseTrainerMixin:
                 f"from its weights with model={folder}"
             )
         mark = checkpoint_facts(folder)
-        if mark is None and Path(folder).absolute().parent == Path(self.args.output_dir).absolute():
+        if mark is None and Path(folder).absolute().parent == Path(self._get_output_dir(trial=None)).absolute():
             raise UserError(f"{folder} was cut off while it was written; resume_from_checkpoint=last takes a whole one")
         mark = mark or {}
         if mark.get("save_only_model"):
@@ -350,7 +363,7 @@ class QSparseTrainerMixin:
                 logs |= self._measure_distillation(logs["loss"])
             if self._latest_row is not None:
                 with self.heartbeat.stopwatch.paused():
-                    logs |= self._measure_sparsity()
+                    logs |= self._measure_sparsity(self._latest_row)
         super().log(logs, *args, **kwargs)
 
     def _measure_speed(self) -> dict[str, float]:
@@ -370,8 +383,8 @@ class QSparseTrainerMixin:
         weight = self.args.distill_weight
         return {"distill_kl": kl} | ({"cross_entropy": (loss - weight * kl) / (1 - weight)} if weight < 1 else {})
 
-    def _measure_sparsity(self) -> dict[str, float]:
-        row = self._prepare_inputs(self._latest_row)
+    def _measure_sparsity(self, row: dict[str, Tensor]) -> dict[str, float]:
+        row = self._prepare_inputs(row)
         if "attention_mask" in row and not row["attention_mask"].any():  # a row of padding alone says nothing
             return {}
         return sparsity_report(self.accelerator.unwrap_model(self.model), row).metrics()
@@ -391,7 +404,7 @@ class QSparseTrainerMixin:
             with without_shards(resume_from_checkpoint) as folder:
                 super()._load_from_checkpoint(folder, model)
 
-    def _issue_warnings_after_load(self, load_result: object) -> None:
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
         """As in Transformers, but tied weights are not missing."""
         if self._text_config.tie_word_embeddings:
             missing = load_result.missing_keys
