@@ -34,6 +34,7 @@ from qsparse_hf import quickstart
 from qsparse_hf.cli import main
 from qsparse_hf.errors import UserError
 from qsparse_hf.modeling.configuration_qsparse import PROJECTION_GROUPS
+from qsparse_hf.report import count_parameters
 from qsparse_hf.training import QSparseTrainer, QSparseTrainingArguments
 from qsparse_hf.training.data import DataArguments, collate_packed
 from qsparse_hf.training.distillation import forward_kl
@@ -276,6 +277,22 @@ def test_a_model_may_be_made_anew_for_every_training(tmp_path):
     assert len(losses[0]) == 4
     assert losses[0] == losses[1]
     assert trainer.state.num_input_tokens_seen == 80
+
+
+def test_what_is_measured_follows_a_model_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("qsparse_hf.training.trainer.peak_flops", lambda device: 1e12)
+    depths = iter([1, 1, 2])  # for the trainer itself, then for every training
+    trainer = QSparseTrainer(
+        model_init=lambda: fresh(_Trial(0, {"layers": next(depths)})),
+        args=small_run(tmp_path),
+        train_dataset=Dataset.from_list(ROWS),
+    )
+    for _ in range(2):
+        trainer.train()
+        flops = training_flops_per_token(trainer.model, 10)
+        for entry in trainer.state.log_history[:-1]:
+            assert entry["mfu"] == pytest.approx(entry["tokens_per_second"] * flops / 1e12)
+            assert entry["activated_parameters"] == count_parameters(trainer.model)[1]
 
 
 def test_what_is_measured_follows_the_model_of_each_trial(tmp_path, grid, monkeypatch):
