@@ -7,13 +7,19 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from .modeling.configuration_qsparse import (
     ProjectionGroup,
     QSparseConfigMixin,
+    QSparseGemma3Config,
     QSparseLlamaConfig,
     QSparseMistralConfig,
+    QSparsePhi3Config,
     QSparseQwen2Config,
+    QSparseQwen3Config,
 )
+from .modeling.modeling_qsparse_gemma3 import QSparseGemma3ForCausalLM, QSparseGemma3Model
 from .modeling.modeling_qsparse_llama import QSparseLlamaForCausalLM, QSparseLlamaModel
 from .modeling.modeling_qsparse_mistral import QSparseMistralForCausalLM, QSparseMistralModel
+from .modeling.modeling_qsparse_phi3 import QSparsePhi3ForCausalLM, QSparsePhi3Model
 from .modeling.modeling_qsparse_qwen2 import QSparseQwen2ForCausalLM, QSparseQwen2Model
+from .modeling.modeling_qsparse_qwen3 import QSparseQwen3ForCausalLM, QSparseQwen3Model
 
 
 class Family(NamedTuple):
@@ -28,6 +34,9 @@ FAMILIES = {
     "llama": Family(QSparseLlamaConfig, QSparseLlamaModel, QSparseLlamaForCausalLM),
     "mistral": Family(QSparseMistralConfig, QSparseMistralModel, QSparseMistralForCausalLM),
     "qwen2": Family(QSparseQwen2Config, QSparseQwen2Model, QSparseQwen2ForCausalLM),
+    "qwen3": Family(QSparseQwen3Config, QSparseQwen3Model, QSparseQwen3ForCausalLM),
+    "phi3": Family(QSparsePhi3Config, QSparsePhi3Model, QSparsePhi3ForCausalLM),
+    "gemma3_text": Family(QSparseGemma3Config, QSparseGemma3Model, QSparseGemma3ForCausalLM),
 }
 """By the `model_type` of the dense model."""
 

@@ -18,12 +18,15 @@ if not torch.cuda.is_available():
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -45,7 +48,8 @@ TINY = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-# Each family with what makes it differ: a window smaller than the test sequences, window layers, biases.
+# Each family with what makes it differ: a window smaller than the test sequences, window layers, biases, heads wider
+# than the hidden size gives, a rotary embedding of half a head, capped logits.
 FAMILIES = {
     "llama": (LlamaConfig, qsparse_hf.QSparseLlamaConfig, {}),
     "mistral": (MistralConfig, qsparse_hf.QSparseMistralConfig, {"sliding_window": 8}),
@@ -54,6 +58,75 @@ FAMILIES = {
         qsparse_hf.QSparseQwen2Config,
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     ),
+    "qwen3": (
+        Qwen3Config,
+        qsparse_hf.QSparseQwen3Config,
+        {"head_dim": 32, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "phi3": (
+        Phi3Config,
+        qsparse_hf.QSparsePhi3Config,
+        {"sliding_window": 8, "resid_pdrop": 0.1, "partial_rotary_factor": 0.5},
+    ),
+    "gemma3_text": (
+        Gemma3TextConfig,
+        qsparse_hf.QSparseGemma3Config,
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 8,
+            "sliding_window_pattern": 2,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+}
+
+
+# What a family offers besides, which tiny models leave at its default.
+ROPE = {
+    "linear": {"factor": 2.0},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "longrope": {
+        "short_factor": [1.0 + 0.1 * i for i in range(8)],
+        "long_factor": [2.0 + 0.3 * i for i in range(8)],
+        "original_max_position_embeddings": 16,  # crossed while tests generate
+    },
+}
+OPTIONS = {
+    "llama attention_bias": {"attention_bias": True},
+    "llama mlp_bias": {"mlp_bias": True},
+    "llama wide heads": {"head_dim": 32},
+    "llama heads of no power of two": {"head_dim": 24},
+    "llama pretraining_tp": {"pretraining_tp": 2},  # Transformers 5 ignores it
+    "llama tied": {"tie_word_embeddings": True},
+    "qwen3 attention_bias": {"attention_bias": True},
+    "qwen3 without windows": {"use_sliding_window": False},
+    "phi3 without windows": {"sliding_window": None, "partial_rotary_factor": 1.0},
+    "phi3 longrope": {
+        "sliding_window": None,
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "longrope", "partial_rotary_factor": 0.5, "short_factor": [1.0, 1.1, 1.2, 1.3]}
+        | {"long_factor": [2.0, 2.5, 3.0, 3.5], "rope_theta": 1e4},
+    },
+    "gemma3_text attention_bias": {"attention_bias": True},
+    "gemma3_text uncapped": {"final_logit_softcapping": None, "tie_word_embeddings": False},
+    "gemma3_text attention cap": {"attn_logit_softcapping": 5.0},  # Transformers ignores it
+    "gemma3_text rope": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    },
+} | {
+    f"llama {name}": {"rope_parameters": {"rope_type": name, "rope_theta": 1e4} | fields}
+    for name, fields in ROPE.items()
 }
 
 
@@ -93,20 +166,24 @@ def sparse_config(family: str, **fields) -> PreTrainedConfig:
 
 
 def make(config: PreTrainedConfig, seed: int = 0, **kwargs) -> PreTrainedModel:
-    """A model with weights large enough that its logits differ from token to token."""
+    """A model with weights large enough that its logits differ from token to token, and no norm's are all 0 or 1."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, **kwargs).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" not in name:
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            else:
                 parameter.normal_(std=0.2)
     return model
 
 
-def make_pair(family: str, dtype: torch.dtype = torch.float32, **fields) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A dense model and its Q-Sparse twin with the same weights."""
-    dense = make(dense_config(family), dtype=dtype)
-    sparse = make(sparse_config(family, **fields), dtype=dtype)
+def make_pair(
+    family: str, dtype: torch.dtype = torch.float32, options: dict | None = None, **fields
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A dense model and its Q-Sparse twin with the same weights; `options` are fields of both."""
+    dense = make(dense_config(family, **options or {}), dtype=dtype)
+    sparse = make(sparse_config(family, **options or {}, **fields), dtype=dtype)
     sparse.load_state_dict(dense.state_dict())
     return dense, sparse
 

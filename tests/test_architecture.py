@@ -118,4 +118,4 @@ def test_what_ships_to_the_hub_is_flat_and_self_contained(path):
 def test_a_family_states_only_its_difference(path):
     functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
     assert all(len(function.body) == 1 for function in functions)
-    assert len(path.read_text().splitlines()) < 40
+    assert len(path.read_text().splitlines()) <= 40

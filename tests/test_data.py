@@ -1,9 +1,13 @@
 """Where training data comes from: files, folders and datasets, mixtures, bad rows, packing, and streams that go on."""
 
+import bz2
 import csv
 import gzip
 import itertools
 import json
+import lzma
+import math
+import zipfile
 from pathlib import Path
 
 import pyarrow
@@ -12,6 +16,8 @@ import pytest
 import torch
 from conftest import assert_close, make, sparse_config
 from datasets import load_dataset
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from qsparse_hf.errors import UserError
 from qsparse_hf.training.data import DataArguments, collate_packed, pack, pack_on_disk
@@ -54,6 +60,36 @@ def test_pack_by_hand():
     assert collate_packed(rows)["labels"].tolist() == [[-100, 6, 7, 2], [-100, 2, -100, 10], [-100, 12, 13, 2]]
 
 
+@pytest.fixture
+def templated(tiny_tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer whose template puts `<start>` (1) before every text and `<end>` (2) after it."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer.backend_tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str()),
+        bos_token="<start>",
+        eos_token="<end>",
+    )
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 2)]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_document_begins_and_ends_once(tmp_path, tiny_tokenizer, templated, streaming):
+    texts = ["ab", "c<end>", "<start>de", "f"]
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    a, b, c, d, e, f = tiny_tokenizer("abcdef")["input_ids"]
+
+    def packed(tokenizer: PreTrainedTokenizerFast, length: int) -> list[list[int]]:
+        data = arguments(file, streaming=streaming, sequence_length=length, shuffle_window=1)
+        read = PackedStream if streaming else pack_on_disk
+        return [row["input_ids"] for row in read(data.train_sources, tokenizer, data, seed=0)]
+
+    assert templated("ab")["input_ids"] == [1, a, b, 2]
+    assert packed(templated, 14) == [[1, a, b, 2, 1, c, 2, 1, d, e, 2, 1, f, 2]]
+    assert packed(tiny_tokenizer, 5)[0] == [a, b, 2, c, 2]
+
+
 def test_packed_documents_do_not_see_each_other(family):
     model = make(sparse_config(family))
     first, second = list(range(3, 13)), list(range(20, 34))
@@ -91,11 +127,60 @@ def test_files_of_every_kind(tmp_path):
     assert sorted(everything) == sorted(["one", "two"] * 8 + ["first\ndocument", "sec�ond"])
 
 
+COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize(
+    ("ending", "content"),
+    [
+        (".txt", "é, x"),
+        (".jsonl", '{"text": "é, x"}\n'),
+        (".ndjson", '{"text": "é, x"}'),
+        (".json", '[{"text": "é, x"}]'),
+        (".json", '\n{"text": "é, x"}\n'),
+        (".csv", 'text,id\r\n"é, x",1\r\n'),
+        (".csv", 'text\n"é, x"'),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path, ending, content, compression):
+    file = tmp_path / f"a{ending}{compression}"
+    for mark in ("", "\ufeff"):
+        content = mark + content.removeprefix("\n")
+        file.write_bytes(COMPRESSIONS[compression](content.encode()))
+        assert texts_of(str(file)) == ["é, x"]
+
+
+def test_archives_and_unknown_compressions_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "w") as archive:
+        archive.writestr("a.jsonl", '{"text": "x"}\n')
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress(b"tar"))
+    (tmp_path / "c.jsonl.snappy").write_bytes(b"x")
+    for name, said in (("a.jsonl.zip", "is an archive; unpack it"), ("b.tar.gz", "is an archive"), ("c*", "a package")):
+        with pytest.raises(UserError, match=said):
+            rows_of(str(tmp_path / name))
+
+
+def test_hidden_files_of_a_folder_are_left_out(tmp_path):
+    for folder in (".git", ".home"):
+        (tmp_path / folder / "data").mkdir(parents=True)
+        (tmp_path / folder / "data" / "a.txt").write_text(folder)
+        (tmp_path / folder / "data" / ".b.txt").write_text("hidden")
+    with pytest.raises(UserError, match="no file matches"):
+        rows_of(str(tmp_path))
+    assert texts_of(str(tmp_path / ".home")) == [".home"]  # what is named is not hidden
+
+
 def test_a_dataset_its_slices_skip_and_take(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"text": f"text {i}"} for i in range(10)])
     assert texts_of({"dataset": str(tmp_path), "split": "train[:2]"}) == ["text 0", "text 1"]
     assert texts_of({"dataset": str(tmp_path), "skip": 3, "take": 2}) == ["text 3", "text 4"]
     assert texts_of({"files": str(tmp_path), "skip": 8}) == ["text 8", "text 9"]
+    for place in ("dataset", "files"):
+        assert texts_of({place: str(tmp_path), "skip": 9, "take": 10**30}) == ["text 9"]
+    assert texts_of({"files": str(tmp_path), "skip": 10**30}) == []
+    with pytest.raises(UserError, match=r"split train holds 10 row\(s\), and skip leaves none of them"):
+        rows_of({"dataset": str(tmp_path), "skip": 10**30})
     streamed = rows_of({"dataset": str(tmp_path), "skip": 3, "take": 2}, streaming=True)
     assert [row["text"] for row in streamed] == ["text 3", "text 4"]
 
@@ -113,11 +198,13 @@ def test_mixtures_follow_their_probabilities(tmp_path):
     [
         ('{"text": "un', "is not JSON: Unterminated string"),
         ("[1]", "must be an object, got [1]"),
+        ('"hello"', "must be an object, got 'hello'; a row names its columns"),
+        ('{"text": "a", "text": "b"}', "column 'text' must hold text, got two values"),
         ('{"body": "x", "id": 1}', "has no column 'text'; it has body, id"),
         ('{"text": null}', "column 'text' must hold text, got None"),
         ('{"text": 7}', "column 'text' must hold text, got 7"),
         ('{"text": "  "}', "column 'text' is empty"),
-        ("", "is an empty line"),
+        ("", "is an empty line; a row is an object"),
         ('{"text": "half \\ud800 pair"}', "column 'text' holds half of a surrogate pair"),
         ("[" * 100_000, "is not JSON: maximum recursion depth"),
     ],
@@ -144,6 +231,98 @@ def test_bad_rows_are_named_or_counted(tmp_path, tiny_tokenizer, caplog, row, pr
         assert len(kept) == 5 * 46 // 16
         if not streaming:
             assert f"skipped 1 of 6 rows; the first: {file}:5: {problem}" in caplog.text
+
+
+def checked(path: Path, *, columns: dict | str = "text") -> tuple[list[str], list[str]]:
+    """The good rows' texts, and the bad rows as they are named."""
+    rows = rows_of({"files": str(path), "columns": columns})
+    assert rows == rows_of({"files": str(path), "columns": columns}, streaming=True)
+    bad = [f"{row['origin'].removeprefix(str(path))}: {row['problem']}" for row in rows if row["problem"]]
+    return [row["text"] for row in rows if not row["problem"]], bad
+
+
+QUOTES = "is not CSV: a column that opens with a quote must close with one, and double those within"
+
+
+@pytest.mark.parametrize(
+    ("content", "good", "bad"),
+    [
+        ("text\nHello, world\nfine\n", ["fine"], [":2: has 2 column(s) where the header has 1; a comma or"]),
+        ("text,id\nHello,1\nfine\n", ["Hello"], [":3: has 1 column(s) where the header has 2"]),
+        ("id,text\n1,\n2,x\n", ["x"], [":2: column 'text' is empty"]),
+        ('text\n"Hello\nworld\nfine', ["world", "fine"], [f":2: {QUOTES}"]),
+        ('text\n"Hello\nworld\n"so, it is"\nfine\n', ["world", "so, it is", "fine"], [f":2: {QUOTES}"]),
+        ('text,id\n"Hello\n",so",1\n",so",2\n', [",so", ",so"], [f":2: {QUOTES}"]),
+        ('text\n"a" b\nfine\n', ["fine"], [f":2: {QUOTES}"]),
+        ('text\n"say ""a, b""\nto me"\nsay "hi"\n', ['say "a, b"\nto me', 'say "hi"'], []),
+        ('text\n"two\nlines",1\nfine\n', ["fine"], [":2: has 2 column(s) where"]),
+        ("\n\ntext\n\nfine\n", ["fine"], [":4: is an empty line"]),
+        ("id,text,id\n1,fine,2\n", ["fine"], []),
+        ("body\nx\ny\n", [], [":2: has no column 'text'; it has body", ":3: has no column 'text'"]),
+        ("", [], []),
+    ],
+)
+def test_every_row_of_a_csv_is_read_or_named(tmp_path, content, good, bad):
+    (tmp_path / "a.csv").write_text(content, newline="")
+    texts, named = checked(tmp_path / "a.csv")
+    assert texts == good
+    assert [said[: len(start)] for said, start in zip(named, bad, strict=True)] == bad
+
+
+def test_an_open_quote_takes_no_more_than_fits_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("qsparse_hf.training.sources._LONGEST_FIELD", 1000)
+    (tmp_path / "a.csv").write_text('text\n"open\n' + "row\n" * 2000 + f'"{"long " * 300}"\nlast\n')
+    texts, bad = checked(tmp_path / "a.csv")
+    assert texts == ["row"] * 2000 + ["last"]
+    assert [said.partition(":")[2].partition(":")[0] for said in bad] == ["2", "2003"]
+    assert all("field larger than field limit (1000)" in said for said in bad)
+
+
+def test_a_column_that_a_header_names_twice_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("text,text\na,b\n")
+    (tmp_path / "b.csv").write_text('"text\na\n')
+    column = pyarrow.array(["a"])
+    pyarrow.parquet.write_table(pyarrow.table([column, column], names=["text", "text"]), tmp_path / "c.parquet")
+    for name, said in (("a.csv", "names the column 'text' twice"), ("b.csv", QUOTES), ("c.parquet", "'text' twice")):
+        with pytest.raises(UserError, match=rf"{name}: cannot be read: its header .*{said}"):
+            rows_of(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "number"),
+    [
+        ("a.jsonl", [b'{"text": "good"}', b'{"text": "caf\xe9"}', b'{"other": "caf\xe9", "text": "good"}'], 2),
+        ("a.json", [b'[{"text": "good"},', b'{"text": "caf\xe9"},', b'{"other": "caf\xe9", "text": "good"}]'], 2),
+        ("a.csv", [b"other,text", b",good", b",caf\xe9", b"caf\xe9,good"], 3),
+    ],
+)
+def test_text_that_is_not_utf8_is_named(tmp_path, name, lines, number):
+    (tmp_path / name).write_bytes(b"\n".join(lines))
+    assert checked(tmp_path / name) == (
+        ["good", "good"],
+        [f":{number}: column 'text' holds bytes that are not UTF-8"],
+    )
+
+
+def test_parquet_columns_are_read_where_they_are_asked_for(tmp_path, tiny_tokenizer):
+    dates = pyarrow.array([0, 1 << 50, 0], pyarrow.timestamp("ms"))  # one that Python has no date for
+    _, offsets, data = pyarrow.array([b"one", b"tw\xff", b"three"]).buffers()
+    texts = pyarrow.StringArray.from_buffers(3, offsets, data)
+    (tmp_path / "set").mkdir()
+    file = tmp_path / "set" / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two", "three"], "bad": texts, "date": dates}), file)
+    assert texts_of(str(file)) == ["one", "two", "three"]
+    assert checked(file, columns="bad") == (
+        ["one", "three"],
+        [":2: column 'bad' cannot be read: 'utf-8' codec can't decode byte 0xff in position 2: invalid start byte"],
+    )
+    assert checked(file, columns="date")[1][1] == ":2: column 'date' cannot be read: date value out of range"
+    assert checked(file, columns="none")[1] == [
+        f":{i}: has no column 'none'; it has text, bad, date" for i in (1, 2, 3)
+    ]
+    for streaming in (False, True):
+        rows = rows_of({"dataset": str(tmp_path / "set")}, streaming=streaming)
+        assert [row["text"] for row in rows] == ["one", "two", "three"]
 
 
 def test_unreadable_files_are_named(tmp_path, tiny_tokenizer):
@@ -195,6 +374,27 @@ def test_the_cache_notices_what_changed(tmp_path, tiny_tokenizer):
         ([{"files": "a", "probability": 2}], "probability of a must be above 0 and at most 1, got 2"),
         ([{"files": "a", "columns": {"answer": "b"}}], "columns of a must name one of .*text.*, got answer"),
         ([{"files": "a", "take": 0}], "take at least 1"),
+        ([{"files": "a", "skip": -1}], "skip must be at least 0"),
+        ([{"files": "a", "skip": 1.9}], "skip of a data source must be a whole number, got 1.9"),
+        ([{"files": "a", "skip": "1"}], "skip of a data source must be a whole number, got '1'"),
+        ([{"files": "a", "skip": None}], "skip of a data source must be a whole number, got None"),
+        ([{"files": "a", "take": True}], "take of a data source must be a whole number, got True"),
+        ([{"files": "a", "take": math.nan}], "take of a data source must be a whole number, got nan"),
+        ([{"files": "a", "probability": True}], "probability of a data source must be a number, got True"),
+        ([{"files": "a", "probability": math.nan}], "above 0 and at most 1, got nan"),
+        ([{"files": "a", "columns": None}], "columns of a must be a column's name or .*, got None"),
+        ([{"files": "a", "columns": {"text": 3}}], r"columns of a must be .*, got \{'text': 3\}"),
+        ([{"files": ["a", 3]}], r"must be a path or several, got \('a', 3\)"),
+        ([{"dataset": "a", "name": 2024}], "name of a data source must be text, got 2024"),
+        ([{"dataset": "a", "split": None}], "split of a data source must be text, got None"),
+        ([""], "must name a file, a folder, a glob or a dataset, got empty text"),
+        (["a", "  "], "got empty text"),
+        ([{"files": ["a", ""]}], "got empty text"),
+        ([{"dataset": ""}], "got empty text"),
+        (["{a: b}"], "a data source is a path, or .* as JSON, got {a: b}: Expecting"),
+        (['{"files": "a", "files": "b"}'], "must be a path or several, got two values"),
+        (["x" * 300], "no file matches 'xxx"),
+        (["a\0b"], "no file matches"),
         ([{"files": "a", "probability": 0.5}, "b"], "to every data source or to none"),
         ([{"files": "a", "probability": 0.5}, {"files": "b", "probability": 0.4}], "add up to 1, got 0.9"),
     ],
@@ -202,6 +402,28 @@ def test_the_cache_notices_what_changed(tmp_path, tiny_tokenizer):
 def test_mistakes_in_sources_are_named(sources, said):
     with pytest.raises(UserError, match=said):
         rows_of(*sources)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"train_data": "a.txt"}, "train_data must be a list of data sources, each as text, got 'a.txt'"),
+        ({"eval_data": [None]}, r"eval_data must be a list of data sources, each as text, got \[None\]"),
+        ({"eval_data": [""]}, "got empty text"),
+        ({"sequence_length": 16.5}, "sequence_length must be a whole number, got 16.5"),
+        ({"sequence_length": True}, "sequence_length must be a whole number, got True"),
+        ({"sequence_length": math.nan}, "sequence_length must be a whole number, got nan"),
+        ({"sequence_length": 1}, "sequence_length must be at least 2, got 1"),
+        ({"shuffle_window": 2.0}, "shuffle_window must be a whole number, got 2.0"),
+        ({"shuffle_window": 0}, "shuffle_window must be at least 1, got 0"),
+        ({"streaming": "no"}, "streaming must be true or false, got 'no'"),
+        ({"repeat_data": 1}, "repeat_data must be true or false, got 1"),
+        ({"on_bad_row": "ignore"}, "on_bad_row must be error or skip, got 'ignore'"),
+    ],
+)
+def test_mistakes_in_arguments_are_named(fields, said):
+    with pytest.raises(UserError, match=said):
+        DataArguments(**{"train_data": ["a.txt"], **fields})
 
 
 def test_a_missing_column_of_a_dataset_is_named_at_once(tmp_path):
@@ -218,6 +440,79 @@ def test_conversations_come_in_two_spellings(tmp_path):
     rows = rows_of({"files": file, "columns": {"messages": "chat"}})
     assert [row["messages"] for row in rows] == [said, said, None]
     assert rows[2]["problem"].startswith("column 'chat' must hold messages, got [{'from'")
+
+
+@pytest.mark.parametrize(
+    ("role", "content", "problem"),
+    [
+        ("system", "", None),
+        ("system", " \n", None),
+        ("tool", "", None),
+        ("system", None, "column 'chat' must hold messages, got [{'content': None, 'role': 'system'}"),
+        ("user", "", "column 'chat' holds an empty message of the user, number 1"),
+        ("assistant", " ", "column 'chat' holds an empty message of the assistant, number 1"),
+        ("", "x", "column 'chat' must hold messages"),
+        ("user", "half \ud800", "column 'chat' holds half of a surrogate pair"),
+    ],
+)
+def test_which_messages_may_be_empty(tmp_path, role, content, problem):
+    rest = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    for names in (("role", "content"), ("from", "value")):
+        message = dict(zip(names, (role, content), strict=True))
+        file = write_jsonl(tmp_path / "a.jsonl", [{"chat": [message, *rest]}])
+        (row,) = rows_of({"files": file, "columns": {"messages": "chat"}})
+        if problem is None:
+            assert row["messages"] == [{"role": role, "content": content}, *rest]
+            assert row["problem"] is None
+        else:
+            assert row["problem"].startswith(problem if names[0] == "role" else problem.partition(", got")[0])
+
+
+def test_only_a_system_text_may_be_empty(tmp_path):
+    values = ["", " ", None, 0, []]
+    file = write_jsonl(tmp_path / "a.jsonl", [{"s": value, "q": "why?", "a": "so"} for value in values])
+    rows = rows_of({"files": file, "columns": {"system": "s", "prompt": "q", "completion": "a"}})
+    assert [row["problem"] for row in rows] == [
+        *[None] * 3,
+        "column 's' must hold text, got 0",
+        "column 's' must hold text, got []",
+    ]
+    assert [row["system"] for row in rows] == [None] * 5
+    for columns in (
+        {"system": "a", "prompt": "s", "completion": "a"},
+        {"system": "a", "prompt": "q", "completion": "s"},
+    ):
+        problems = [row["problem"] for row in rows_of({"files": file, "columns": columns})]
+        assert problems[:3] == ["column 's' is empty"] * 2 + ["column 's' must hold text, got None"]
+
+
+def test_a_text_file_holds_no_conversation(tmp_path):
+    (tmp_path / "a.md").write_text("about the data")
+    write_jsonl(tmp_path / "b.jsonl", [{"chat": [{"role": "user", "content": "hi"}]}])
+    rows = rows_of({"files": str(tmp_path), "columns": {"messages": "chat"}})
+    assert [row["problem"] for row in rows] == [
+        "is one document of text; messages are read from .jsonl, .ndjson, .json, .parquet, .csv",
+        None,
+    ]
+
+
+def test_problems_are_one_line_that_any_terminal_takes(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'"two\nlines",\xff\nx,y\n')
+    assert checked(tmp_path / "a.csv") == ([], [":3: has no column 'text'; it has two\\nlines, \\udcff"])
+    wide = json.dumps(dict.fromkeys(map(str, range(999)), 0))
+    deep = "[" * 300 + "]" * 300
+    (tmp_path / "b.jsonl").write_text(f'{wide}\n{{"text": "fine"}}\n{{"text": {deep}}}')
+    texts, bad = checked(tmp_path / "b.jsonl")
+    assert texts == ["fine"]
+    assert [len(said) < 300 for said in bad] == [True, True]
+
+
+def test_what_a_library_says_is_kept_whole(tmp_path):
+    """Its first line alone would be `Couldn't cast`."""
+    for name, row in (("a", {"text": "x"}), ("b", {"body": "y"})):
+        write_jsonl(tmp_path / f"train_{name}.jsonl", [row])
+    with pytest.raises(UserError, match=r"dataset '.*', split 'train': .*body"):
+        rows_of({"dataset": str(tmp_path)})
 
 
 @pytest.fixture

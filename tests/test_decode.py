@@ -6,12 +6,13 @@ import pickle
 
 import pytest
 import torch
-from conftest import assert_close, make, sparse_config
+from conftest import OPTIONS, assert_close, make, sparse_config
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    CompileConfig,
     DynamicCache,
     GenerationMixin,
     LogitsProcessorList,
@@ -23,6 +24,7 @@ from qsparse_hf import sparsity_report
 from qsparse_hf.decode import generation, graph, prepare, sparse_linear
 from qsparse_hf.decode.graph import DecodeGraph, obstacle
 from qsparse_hf.decode.layout import InputMajorLinear, few_tokens
+from qsparse_hf.decode.transformers_names import CACHE
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 SETTINGS = [
@@ -83,9 +85,10 @@ def test_restore_gives_everything_back(family, tmp_path, tokens):
         k: v.shape for k, v in before.items()
     }
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
-    query, key = (model.model.layers[0].self_attn.get_submodule(name).weight for name in ("q_proj", "k_proj"))
-    assert query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
-    assert query.stride(0) == 1
+    for group in model.config.projection_groups.values():
+        weights = [model.model.layers[0].get_submodule(path).weight for path in group.linears]
+        assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+        assert all(weight.stride(0) == 1 for weight in weights)
     model.save_pretrained(tmp_path)
     assert model.is_prepared
     assert model.restore().restore() is model
@@ -288,6 +291,8 @@ def test_what_cannot_be_prepared_is_named(tokens):
 
 
 SHORT = GREEDY | {"max_new_tokens": 6}
+QUICKLY = {"compile_config": CompileConfig(backend="eager", fullgraph=False)}
+"""Where Transformers compiles what no graph takes, without a compiler's minutes."""
 
 
 @pytest.fixture
@@ -342,6 +347,36 @@ def test_one_step_for_many_calls(family, tokens, replays):
     assert not hasattr(model, "_spare_cache")
 
 
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_familys_options(option, tokens, request):
+    """Decoded without a graph, and with one where there can be."""
+    model = make(sparse_config(option.split()[0], **OPTIONS[option]))
+    windows = getattr(model.config, "sliding_window", None) is not None
+    call = SHORT | {"inputs": tokens[:, : 4 if windows else 12], "max_new_tokens": 4 if windows else 6}
+    expected = model.generate(**call)
+    assert torch.equal(model.prepare_for_decode().generate(**call), expected)
+    replays = request.getfixturevalue("replays")
+    if any(words in option for words in ("dynamic", "longrope", "no power of two")):
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        with torch.no_grad():
+            model(tokens[:1, :4], **{CACHE: cache})
+        assert obstacle(model, cache)
+    else:
+        assert torch.equal(model.generate(**call), expected)
+        assert len(replays) == 1
+
+
+def test_phi3_begins_a_new_cache_where_its_rotary_embedding_switches(tokens, replays):
+    model = make(sparse_config("phi3", **OPTIONS["phi3 longrope"]))
+    call = SHORT | QUICKLY | {"inputs": tokens[:, :12]}
+    expected = model.generate(**call)
+    model.prepare_for_decode()
+    assert torch.equal(model.generate(**call), expected)
+    assert model._spare_cache is None  # left to Transformers
+    assert torch.equal(model.generate(**call, cache_implementation="static"), expected)
+    assert replays == []
+
+
 @pytest.mark.parametrize("fields", [{}, {"sparsity_per_projection": {"qkv": 0}}], ids=str)
 @pytest.mark.parametrize("sequences", [2, 3])
 def test_batches_in_one_step(family, fields, sequences, tokens, replays):
@@ -357,7 +392,7 @@ def test_batches_in_one_step(family, fields, sequences, tokens, replays):
 def test_a_window_that_moves_is_left_to_transformers(tokens, replays):
     model = make(sparse_config("mistral"))
     expected = model.generate(tokens[:1, :4], **SHORT)
-    assert torch.equal(model.prepare_for_decode().generate(tokens[:1, :4], **SHORT), expected)
+    assert torch.equal(model.prepare_for_decode().generate(tokens[:1, :4], **SHORT, **QUICKLY), expected)
     assert len(replays) == 1
 
 
@@ -440,7 +475,7 @@ def test_a_step_without_a_graph_is_said(tokens, replays, caplog, monkeypatch):
     monkeypatch.setattr("qsparse_hf.modeling.backend._said", set())
     model = make(sparse_config("llama", head_dim=24)).prepare_for_decode()
     with caplog.at_level(logging.INFO, "qsparse_hf"):
-        model.generate(tokens[:1, :4], **SHORT)
+        model.generate(tokens[:1, :4], **SHORT, **QUICKLY)
     assert replays == []
     assert "heads are of size 24, no power of two" in caplog.text
 
@@ -550,3 +585,15 @@ def test_a_copy_has_no_cache_of_the_last_call(tokens, replays):
     model.generate(tokens[:1, :4], **GREEDY)
     assert model._spare_cache is not None
     assert copy.deepcopy(model)._spare_cache is None
+
+
+def test_a_decoder_that_was_prepared_alone_is_prepared_whole(tokens, products):
+    model = make(sparse_config("llama"))
+    expected = model.generate(tokens[:1], **GREEDY)
+    model.model.prepare_for_decode()
+    assert model.model.is_prepared
+    assert model.prepare_for_decode().is_prepared
+    assert torch.equal(model.generate(tokens[:1], **GREEDY), expected)
+    assert products
+    classes = [type(module) for module in make(sparse_config("llama")).modules()]
+    assert [type(module) for module in model.restore().modules()] == classes

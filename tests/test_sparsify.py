@@ -9,6 +9,8 @@ from conftest import BACKENDS, assert_close, backends, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qsparse_hf import topk_sparsify
 from qsparse_hf.decode.sparse_linear import sparse_linear
@@ -168,10 +170,11 @@ def test_long_rows_with_ties_and_nans(device, backend, features, dtype):
 
 
 FUSED = {
-    "rms_norm": (
-        lambda x, other, *settings, **options: rms_norm_sparsify(x, other, 1e-5, *settings, **options),
-        lambda x, other: rms_norm(x, other, 1e-5),
-    ),
+    name: (
+        lambda x, other, *settings, of=of, **options: rms_norm_sparsify(x, other, 1e-5, *settings, **of, **options),
+        lambda x, other, of=of: rms_norm(x, other, 1e-5, **of),
+    )
+    for name, of in {"rms_norm": {}, "unit_offset_rms_norm": {"unit_offset": True}}.items()
 } | {
     name: (
         lambda x, other, *settings, name=name, **options: glu_sparsify(x, other, name, *settings, **options),
@@ -183,7 +186,7 @@ FUSED = {
 
 def fused_inputs(form: str, features: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    shape = (features,) if form == "rms_norm" else (3, 5, features)
+    shape = (features,) if form.endswith("rms_norm") else (3, 5, features)
     inputs = torch.randn(3, 5, features, generator=generator), torch.randn(shape, generator=generator)
     return tuple(each.to(device, dtype).requires_grad_() for each in inputs)
 
@@ -215,6 +218,8 @@ def test_fused_forms(device, backend, features, block_size, form, dtype):
         ("topk", 192, 64, "l2", torch.float16),
         ("rms_norm", 40, 8, "l2", torch.float32),
         ("rms_norm", 96, 32, "none", torch.bfloat16),
+        ("unit_offset_rms_norm", 85, 17, "none", torch.bfloat16),
+        ("unit_offset_rms_norm", 40, None, "l2", torch.float32),
         ("silu", 85, 17, "none", torch.float16),
         ("silu", 60, 1, "l2", torch.float32),
         ("rms_norm", 4100, None, "none", torch.bfloat16),  # warps share a row
@@ -225,7 +230,7 @@ def test_fused_forms(device, backend, features, block_size, form, dtype):
 def test_survivors_side_by_side(device, backend, form, features, block_size, rescale, dtype):
     """Put back where they were, they are what the form without `compact` returns."""
     function, inputs = FUSED[form][0] if form in FUSED else topk_sparsify, fused_inputs("silu", features, dtype, device)
-    inputs = {"topk": inputs[:1], "rms_norm": (inputs[0], inputs[1][0, 0]), "silu": inputs}[form]
+    inputs = {"topk": inputs[:1], "silu": inputs}.get(form, (inputs[0], inputs[1][0, 0]))  # a norm's weight
     settings = 0.6, block_size, rescale
     values, indices = function(*inputs, *settings, backend=backend, compact=True)
     expected = function(*inputs, *settings, backend=backend if backend in IMPLS else None).detach()
@@ -240,7 +245,7 @@ def test_survivors_side_by_side(device, backend, form, features, block_size, res
 
 @pytest.mark.parametrize("ste", [True, False])
 @pytest.mark.parametrize(("features", "block_size"), [(100, None), (100, 5), (100, 1), (4100, None)])
-@pytest.mark.parametrize("form", ["rms_norm", "silu"])
+@pytest.mark.parametrize("form", ["rms_norm", "unit_offset_rms_norm", "silu"])
 @pytest.mark.parametrize(("device", "backend"), [case for case in BACKENDS if case.values[1] != "reference"])
 def test_fused_forms_with_rescale(device, backend, form, features, block_size, ste):
     inputs = fused_inputs(form, features, torch.float32, device)
@@ -278,12 +283,25 @@ def test_rescale_leaves_a_row_without_a_norm_alone(device, backend):
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)
-def test_a_wider_gain_widens_the_norm(device, backend):
+@pytest.mark.parametrize(("unit_offset", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_a_wider_gain_widens_the_norm_unless_it_is_an_offset(device, backend, unit_offset, dtype):
     x, gain = fused_inputs("rms_norm", 64, torch.float32, device)
-    y = rms_norm_sparsify(x.bfloat16(), gain, 1e-5, 1e-9, backend=backend)
-    expected = rms_norm(x.bfloat16(), gain, 1e-5)
-    assert y.dtype == expected.dtype == torch.float32
+    y = rms_norm_sparsify(x.bfloat16(), gain, 1e-5, 1e-9, backend=backend, unit_offset=unit_offset)
+    expected = rms_norm(x.bfloat16(), gain, 1e-5, unit_offset)
+    assert y.dtype == expected.dtype == dtype
     assert_close(y.detach().bfloat16(), expected.detach().bfloat16())  # in between, the norm was rounded to bf16
+    kept = rms_norm_sparsify(x.bfloat16(), gain, 1e-5, 0.5, compact=True, unit_offset=unit_offset)
+    assert kept.values.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [LlamaRMSNorm, Gemma3RMSNorm])
+def test_the_dense_norms_bit_for_bit(norm, dtype):
+    generator = torch.Generator().manual_seed(0)
+    norm = norm(96, eps=1e-5).to(dtype)
+    torch.nn.init.normal_(norm.weight, generator=generator)
+    x = torch.randn(5, 96, generator=generator).to(dtype)
+    assert torch.equal(rms_norm(x, norm.weight, 1e-5, unit_offset=type(norm) is Gemma3RMSNorm), norm(x))
 
 
 @pytest.mark.parametrize(("device", "backend"), [case for case in BACKENDS if case.values[1] == "triton"])

@@ -52,7 +52,7 @@ class StepImplementation(Protocol):
 
         Args:
             query: `[B, 1, H * d]`; it, key and value `[B, 1, H / G * d]` may be parts of one tensor `[B, 1, N]`.
-            cos: `[B, 1, d]`, as `sin`: the rotary embedding at each token's position.
+            cos: `[B, 1, R]`, as `sin`: the rotary embedding at each token's position, of the first R <= d features.
             keys: `[B, H / G, L, d]`, contiguous, as `values`: the cache.
             length: int64, one number on the device: how many entries the cache has. It is left as it is.
             mask: `[B, 1, 1, >= L]`, bool: which entries count, for padding; None for all. The new one counts anyway.

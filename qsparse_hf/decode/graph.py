@@ -11,6 +11,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from transformers.utils import is_triton_available
@@ -32,19 +33,25 @@ def has_graphs(device: torch.device) -> bool:
     return device.type == "cuda" and is_triton_available()
 
 
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    """Of all layers: a family may have a rotary embedding for each layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    each = [parameters] if "rope_type" in parameters else parameters.values()
+    return {of_layers["rope_type"] for of_layers in each if of_layers}
+
+
 def obstacle(model: nn.Module, cache: object) -> str | None:
     """Why a forward over one token a sequence and this cache cannot be such a step, or None if it can."""
     config, head_size = model.config, model.base_model.layers[0].self_attn.head_dim
     weight = model.base_model.layers[0].mlp.down_proj.weight
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if not model.is_prepared:
         return "the model is not prepared, or not any more"
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return "the model is on several devices"
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"its attention is {config._attn_implementation!r}"
-    if rope_type in ("dynamic", "longrope"):
-        return f"its rotary embedding, {rope_type!r}, looks at the length"
+    if moving := _rope_types(config) & {"dynamic", "longrope"}:
+        return f"its rotary embedding, {min(moving)!r}, looks at the length"
     if head_size & (head_size - 1):
         return f"its heads are of size {head_size}, no power of two"
     if not runs("triton", SURVIVORS, [weight]):
@@ -188,12 +195,12 @@ class Decoding:
     def goes_on(self, input_ids: Tensor, cache: object) -> bool:
         """Whether the graph takes the next step too: it knows all but the token."""
         graph = self.graph
-        if graph is None or graph.cache() is not cache or not self.model.is_prepared:
+        if graph is None or cache is None or graph.cache() is not cache or not self.model.is_prepared:
             return False
         return graph.serves(len(input_ids))
 
     def __call__(self, input_ids: Tensor, **inputs) -> ModelOutput:
-        cache = inputs[CACHE]
+        cache = inputs.get(CACHE)  # none where a family begins a new one
         if self.goes_on(input_ids, cache):
             return self.graph(input_ids)
         if inputs.get("output_attentions") or inputs.get("output_hidden_states"):

@@ -56,6 +56,7 @@ def prepare(model: QSparsePreTrainedModel) -> None:
     """
     if model.is_prepared:
         return
+    restore(model)  # a part of it may be prepared
     if reason := obstacle(model):
         raise ValueError(f"prepare_for_decode needs plain linears with their weights in memory, and {reason}")
     try:
@@ -64,8 +65,9 @@ def prepare(model: QSparsePreTrainedModel) -> None:
                 if isinstance(module, plain) and not isinstance(module, Prepared):
                     _take_on(module, mixin)
                     break
-        for layer in model.base_model.layers:
-            _take_on(layer, PreparedDecoderLayer)
+        if not model.base_model.sandwich_norms:  # else what comes of a product is no part of a sum
+            for layer in model.base_model.layers:
+                _take_on(layer, PreparedDecoderLayer)
         for _, selector, linears in projection_groups(model):
             if selector.configured.sparsity > 0:
                 lay_out(*linears.values())

@@ -2,7 +2,8 @@
 
 One token a sequence. PyTorch has each part, but as some twenty kernels, and a decode step consists of launches.
 
-Shapes: B sequences, H query heads, G of them a key-value head, d head size, L entries of the cache.
+Shapes: B sequences, H query heads, G of them a key-value head, d head size, L entries of the cache. Of each head the
+first ROTARY features are turned, all d in most families.
 """
 
 from collections.abc import Sequence
@@ -25,16 +26,17 @@ _BLOCK = 64
 
 
 @triton.jit
-def _rotated(low, high, cos_ptr, sin_ptr, HALF: tl.constexpr):
-    """A head's halves after the rotary embedding, rounded where Transformers rounds them."""
-    at = tl.arange(0, HALF)
-    dtype = low.dtype
-    cos_low, cos_high = tl.load(cos_ptr + at).to(tl.float32), tl.load(cos_ptr + HALF + at).to(tl.float32)
-    sin_low, sin_high = tl.load(sin_ptr + at).to(tl.float32), tl.load(sin_ptr + HALF + at).to(tl.float32)
-    low, high = low.to(tl.float32), high.to(tl.float32)
-    new_low = (low * cos_low).to(dtype).to(tl.float32) - (high * sin_low).to(dtype).to(tl.float32)
-    new_high = (high * cos_high).to(dtype).to(tl.float32) + (low * sin_high).to(dtype).to(tl.float32)
-    return new_low.to(dtype), new_high.to(dtype)
+def _rotated(head_ptr, cos_ptr, sin_ptr, d: tl.constexpr, ROTARY: tl.constexpr):
+    """A head after the rotary embedding, rounded where Transformers rounds it."""
+    at = tl.arange(0, d)
+    turns, first = at < ROTARY, at < ROTARY // 2
+    head = tl.load(head_ptr + at)
+    other = tl.load(head_ptr + tl.where(first, at + ROTARY // 2, at - ROTARY // 2), mask=turns, other=0.0)
+    cos = tl.load(cos_ptr + at, mask=turns, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + at, mask=turns, other=0.0).to(tl.float32)
+    across = (other.to(tl.float32) * sin).to(head.dtype).to(tl.float32)
+    along = (head.to(tl.float32) * cos).to(head.dtype).to(tl.float32)
+    return (along + tl.where(first, -across, across)).to(head.dtype)
 
 
 @triton.jit
@@ -59,15 +61,15 @@ def decode_attention_kernel(
     H: tl.constexpr,
     G: tl.constexpr,
     L: tl.constexpr,
-    HALF: tl.constexpr,
+    d: tl.constexpr,
+    ROTARY: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """A query head over one of SPLITS parts of the cache; the last part to arrive joins them."""
-    d: tl.constexpr = 2 * HALF
     sequence, head = tl.program_id(0) // H, tl.program_id(0) % H
-    half, whole = tl.arange(0, HALF), tl.arange(0, d)
+    whole = tl.arange(0, d)
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
@@ -75,12 +77,11 @@ def decode_attention_kernel(
     query_ptr += sequence * query_stride + head * d
     key_ptr += sequence * key_stride + head // G * d
     value_ptr += sequence * value_stride + head // G * d
-    cos_ptr += sequence * d
-    sin_ptr += sequence * d
-    low, high = _rotated(tl.load(query_ptr + half), tl.load(query_ptr + HALF + half), cos_ptr, sin_ptr, HALF)
-    new_low, new_high = _rotated(tl.load(key_ptr + half), tl.load(key_ptr + HALF + half), cos_ptr, sin_ptr, HALF)
+    cos_ptr += sequence * ROTARY
+    sin_ptr += sequence * ROTARY
+    scaled = _rotated(query_ptr, cos_ptr, sin_ptr, d, ROTARY).to(tl.float32) * scaling
+    new_key = _rotated(key_ptr, cos_ptr, sin_ptr, d, ROTARY)
     new_value = tl.load(value_ptr + whole)
-    low, high = low.to(tl.float32) * scaling, high.to(tl.float32) * scaling
 
     entries = (sequence * (H // G) + head // G).to(tl.int64) * L * d
     keys_ptr += entries
@@ -90,23 +91,21 @@ def decode_attention_kernel(
     if split == 0:
         # The new entry is not read back: other heads of its group may write it later than this one would read.
         if head % G == 0 and length < L:
-            tl.store(keys_ptr + length * d + half, new_low)
-            tl.store(keys_ptr + length * d + HALF + half, new_high)
+            tl.store(keys_ptr + length * d + whole, new_key)
             tl.store(values_ptr + length * d + whole, new_value)
-        largest = tl.sum(low * new_low.to(tl.float32) + high * new_high.to(tl.float32), axis=0)
+        largest = tl.sum(scaled * new_key.to(tl.float32), axis=0)
         total = 1.0
         sums = new_value.to(tl.float32)
     part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
     for start in range(split * part, tl.minimum((split + 1) * part, length), BLOCK):
         entry = start + tl.arange(0, BLOCK)
         inside = entry < length
-        at = entry[:, None] * d
-        key_low = tl.load(keys_ptr + at + half[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-        key_high = tl.load(keys_ptr + at + HALF + half[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-        value = tl.load(values_ptr + at + whole[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        at = entry[:, None] * d + whole[None, :]
+        key = tl.load(keys_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        value = tl.load(values_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
         if mask_ptr is not None:
             inside = inside & (tl.load(mask_ptr + sequence * mask_stride + entry, mask=inside, other=0) != 0)
-        score = tl.sum(key_low * low[None, :] + key_high * high[None, :], axis=1)
+        score = tl.sum(key * scaled[None, :], axis=1)
         score = tl.where(inside, score, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(score, axis=0))
         if new_largest > -float("inf"):
@@ -184,7 +183,8 @@ def decode_attention(
             H=heads,
             G=heads // kv_heads,
             L=entries,
-            HALF=d // 2,
+            d=d,
+            ROTARY=cos.shape[-1],
             SPLITS=splits,
             BLOCK=_BLOCK,
             DEPENDENT=bool(options),

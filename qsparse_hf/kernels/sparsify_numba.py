@@ -26,8 +26,8 @@ _COUNTED = 1 << 14
 
 
 @kernel(fastmath={"contract", "nsz", "reassoc"})
-def _normalise(x, gain, eps, y):
-    """The root-mean-square norm of each row of `x [T, D]`, rounded where Transformers' Llama rounds."""
+def _normalise(x, gain, eps, unit_offset, y):
+    """`rms_norm` of each row of `x [T, D]`."""
     tokens, features = x.shape
     for token in range(tokens):
         squares = np.float32(0)
@@ -35,7 +35,11 @@ def _normalise(x, gain, eps, y):
             squares += read(x[token, i]) ** 2
         scale = np.float32(1) / np.sqrt(squares / np.float32(features) + eps)
         for i in range(features):
-            y[token, i] = write(read(gain[i]) * read(write(read(x[token, i]) * scale, y)), y)
+            normed = read(x[token, i]) * scale
+            if unit_offset:
+                y[token, i] = write((np.float32(1) + read(gain[i])) * normed, y)
+            else:
+                y[token, i] = write(read(gain[i]) * read(write(normed, y)), y)
 
 
 @kernel()
@@ -172,9 +176,9 @@ class NumbaSurvivors:
         return divide_by_l2_norm(values) if selection.rescale == "l2" else values, indices
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
     """As `FORMS` has it, for a few tokens `[..., D]` and a `weight [D]` of their dtype."""
     y = x.new_empty(x.shape)
     rows = -1, x.shape[-1]
-    _normalise(bits_of(x).reshape(rows), bits_of(weight), np.float32(eps), bits_of(y).reshape(rows))
+    _normalise(bits_of(x).reshape(rows), bits_of(weight), np.float32(eps), unit_offset, bits_of(y).reshape(rows))
     return y

@@ -276,9 +276,9 @@ def sparsify_kernel(
 ):
     """One tile: produce, select, finish, store.
 
-    The producer is "none", "rms_norm" or the activation of a GLU. The epilogue is "none", "l2" or "mask"; it sees all
-    survivors of a token, as a quantization would want to. COMPACT also stores them side by side, with their indices; it
-    wants tiles of whole tokens, and y is then what they were taken from. DEPENDENT: see `launch_options`.
+    The producer is "none", a name in `NORMS` or the activation of a GLU. The epilogue is "none", "l2" or "mask"; it
+    sees all survivors of a token, as a quantization would want to. COMPACT also stores them side by side, with their
+    indices; it wants tiles of whole tokens, and y is then what they were taken from. DEPENDENT: see `launch_options`.
     """
     if DEPENDENT:
         gdc_wait()
@@ -286,6 +286,8 @@ def sparsify_kernel(
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     VALUE: tl.constexpr = x_ptr.dtype.element_ty if EPILOGUE == "mask" else DTYPE
     MANTISSA: tl.constexpr = 23 if tl.float32 == VALUE else (10 if tl.float16 == VALUE else 7)
+    UNIT_OFFSET: tl.constexpr = PRODUCER == "unit_offset_rms_norm"
+    NORM: tl.constexpr = PRODUCER == "rms_norm" or UNIT_OFFSET
     W: tl.constexpr = TOKENS * UNITS * WORDS
     word = tl.arange(0, W)
     token = tl.program_id(0).to(tl.int64) * TOKENS + word // (UNITS * WORDS)
@@ -312,7 +314,7 @@ def sparsify_kernel(
         masks = masks + (mask,)
         values = values + (tl.load(x_ptr + start[:, None] + column, mask=mask, other=0.0),)
 
-    if PRODUCER == "rms_norm":
+    if NORM:
         squares = tl.zeros([W], tl.float32)
         for j in tl.static_range(32 // C):
             wide = values[j].to(tl.float32)
@@ -322,9 +324,13 @@ def sparsify_kernel(
     if PRODUCER != "none":
         produced = ()
         for j in tl.static_range(32 // C):
-            if PRODUCER == "rms_norm":
+            if NORM:
                 other = tl.load(other_ptr + unit[:, None] * UNIT + columns[j], mask=masks[j], other=0.0)
-                value = (values[j].to(tl.float32) * rstd[:, None]).to(x_ptr.dtype.element_ty)
+                value = values[j].to(tl.float32) * rstd[:, None]
+                if UNIT_OFFSET:
+                    other = 1 + other.to(tl.float32)
+                else:
+                    value = value.to(x_ptr.dtype.element_ty)
             else:
                 other = tl.load(other_ptr + start[:, None] + columns[j], mask=masks[j], other=0.0)
                 value, _ = _activate(values[j].to(tl.float32), PRODUCER)
@@ -448,6 +454,7 @@ def rms_norm_backward_kernel(
     grad_x_ptr,
     grad_weight_ptr,
     tokens,
+    UNIT_OFFSET: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -455,6 +462,8 @@ def rms_norm_backward_kernel(
     feature = tl.arange(0, BLOCK)
     inside = feature < D
     weight = tl.load(weight_ptr + feature, mask=inside, other=0.0).to(tl.float32)
+    if UNIT_OFFSET:
+        weight += 1
     grad_weight = tl.zeros([BLOCK], tl.float32)
     at = tl.program_id(0).to(tl.int64) * D + feature
     for token in range(tl.program_id(0), tokens, tl.num_programs(0)):
@@ -468,6 +477,9 @@ def rms_norm_backward_kernel(
         at += tl.num_programs(0) * D
     tl.store(grad_weight_ptr + tl.program_id(0) * D + feature, grad_weight, mask=inside)
 
+
+NORMS = {False: "rms_norm", True: "unit_offset_rms_norm"}
+"""Producers that are norms, by whether the gain is `1 + weight`."""
 
 LIST_UNIT = tl.constexpr(16)
 """Survivors' lists have room for a multiple of this: what reads them reads whole vectors."""
@@ -581,12 +593,13 @@ def launch_sparsify(
     """
     compact = survivors is not None
     features = x.shape[-1]
-    rstd = x.new_empty(x.shape[:-1] if producer == "rms_norm" else 0, dtype=torch.float32)
+    norms = producer in NORMS.values()
+    rstd = x.new_empty(x.shape[:-1] if norms else 0, dtype=torch.float32)
     norm = x.new_empty(x.shape[:-1] if epilogue == "l2" else 0, dtype=torch.float32)
     if x.numel() == 0:
         return rstd, norm
     value = x if epilogue == "mask" else y
-    whole_tokens = producer == "rms_norm" or epilogue == "l2" or compact
+    whole_tokens = norms or epilogue == "l2" or compact
     tile = SparsifyTile.of(features, block_size, whole_tokens, 8 * value.element_size(), compact)
     tokens = x.numel() // tile.features
     registers = tile.registers(producer)

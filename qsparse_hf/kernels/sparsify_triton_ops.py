@@ -8,6 +8,7 @@ from torch import Tensor
 from ..modeling.sparsity import Selection
 from .sparsify_triton import (
     INTERPRETED,
+    NORMS,
     glu_backward_kernel,
     launch_sparsify,
     new_lists,
@@ -35,14 +36,19 @@ def _topk_mask(x: Tensor, keep: int, block_size: int | None) -> Tensor:
 
 @torch.library.custom_op("qsparse::rms_norm_topk", mutates_args=())
 def _rms_norm_topk(
-    x: Tensor, weight: Tensor, eps: float, keep: int, block_size: int | None, rescale: bool
+    x: Tensor, weight: Tensor, eps: float, unit_offset: bool, keep: int, block_size: int | None, rescale: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
-    y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
+    y = torch.empty_like(x, dtype=_dtype_of(NORMS[unit_offset], x, weight))
     rstd, norm = launch_sparsify(
-        x, weight.contiguous(), y, keep, block_size, "rms_norm", "l2" if rescale else "none", eps
+        x, weight.contiguous(), y, keep, block_size, NORMS[unit_offset], "l2" if rescale else "none", eps
     )
     return y, rstd, norm
+
+
+def _dtype_of(producer: str, x: Tensor, other: Tensor | None) -> torch.dtype:
+    """Of what a producer makes of `x`."""
+    return torch.promote_types(x.dtype, other.dtype) if producer == NORMS[False] else x.dtype
 
 
 @torch.library.custom_op("qsparse::glu_topk", mutates_args=())
@@ -60,7 +66,7 @@ def _survivors(
     x: Tensor, other: Tensor | None, producer: str, eps: float, keep: int, block_size: int | None, rescale: bool
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
-    dtype = torch.promote_types(x.dtype, other.dtype) if producer == "rms_norm" else x.dtype
+    dtype = _dtype_of(producer, x, other)
     y = torch.empty_like(x, dtype=dtype)
     survivors = new_lists(x, _lists_shape(x, keep, block_size), dtype)
     other = None if other is None else other.contiguous()
@@ -83,7 +89,9 @@ def _rescale_backward(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("qsparse::rms_norm_backward", mutates_args=())
-def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+def _rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, unit_offset: bool
+) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     features = x.shape[-1]
     tokens = x.numel() // features
@@ -102,6 +110,7 @@ def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) ->
                 grad_x,
                 grad_weight,
                 tokens,
+                UNIT_OFFSET=unit_offset,
                 **whole_row(features),
             )
     return grad_x, grad_weight.sum(0).to(weight.dtype)
@@ -135,8 +144,8 @@ def _(x, keep, block_size):
 
 
 @_rms_norm_topk.register_fake
-def _(x, weight, eps, keep, block_size, rescale):
-    dtype = torch.promote_types(x.dtype, weight.dtype)
+def _(x, weight, eps, unit_offset, keep, block_size, rescale):
+    dtype = _dtype_of(NORMS[unit_offset], x, weight)
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     return y, _row_values(x, True), _row_values(x, rescale)
 
@@ -148,8 +157,7 @@ def _(gate, up, activation, keep, block_size, rescale):
 
 @_survivors.register_fake
 def _(x, other, producer, eps, keep, block_size, rescale):
-    dtype = torch.promote_types(x.dtype, other.dtype) if producer == "rms_norm" else x.dtype
-    return new_lists(x, _lists_shape(x, keep, block_size), dtype)
+    return new_lists(x, _lists_shape(x, keep, block_size), _dtype_of(producer, x, other))
 
 
 @_rescale_backward.register_fake
@@ -158,7 +166,7 @@ def _(grad, y, norm):
 
 
 @_rms_norm_backward.register_fake
-def _(grad, x, weight, rstd):
+def _(grad, x, weight, rstd, unit_offset):
     contiguous = torch.contiguous_format
     return torch.empty_like(x, memory_format=contiguous), torch.empty_like(weight, memory_format=contiguous)
 
@@ -184,7 +192,7 @@ def _topk_backward(ctx, grad, _):
 
 
 def _save_rms_norm_topk(ctx, inputs, output):
-    x, weight, *_, ctx.rescale = inputs
+    x, weight, _, ctx.unit_offset, *_, ctx.rescale = inputs
     y, rstd, norm = output
     ctx.save_for_backward(x, weight, rstd, *((y, norm) if ctx.rescale else ()))
 
@@ -193,7 +201,7 @@ def _rms_norm_topk_backward(ctx, grad, *_):
     x, weight, rstd, *rescaled = ctx.saved_tensors
     if ctx.rescale:
         grad = _rescale_backward(grad, *rescaled)
-    return *_rms_norm_backward(grad, x, weight, rstd), None, None, None, None
+    return *_rms_norm_backward(grad, x, weight, rstd, ctx.unit_offset), None, None, None, None, None
 
 
 def _save_glu_topk(ctx, inputs, output):
@@ -245,7 +253,8 @@ class TritonSparsify:
         if form == "topk":
             other, producer, eps = None, "none", 0.0
         elif form == "rms_norm_topk":
-            producer, (other, eps) = "rms_norm", others
+            other, eps, unit_offset = others
+            producer = NORMS[unit_offset]
         else:
             other, producer = others
             eps = 0.0
@@ -257,8 +266,8 @@ class TritonSparsify:
     def topk(self, x: Tensor, selection: Selection) -> Tensor:
         return _topk(x, *_unpacked(x, selection))[0]
 
-    def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, selection: Selection) -> Tensor:
-        return _rms_norm_topk(x, weight, eps, *_unpacked(x, selection))[0]
+    def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool, selection: Selection) -> Tensor:
+        return _rms_norm_topk(x, weight, eps, unit_offset, *_unpacked(x, selection))[0]
 
     def glu_topk(self, gate: Tensor, up: Tensor, activation: str, selection: Selection) -> Tensor:
         return _glu_topk(gate, up, activation, *_unpacked(gate, selection))[0]

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict, validated_field
-from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
 
 from .sparsity import Selection, check_block_size, check_rescale, check_sparsity
 
@@ -31,6 +31,13 @@ _LLAMA_GROUPS = {
     "o": ProjectionGroup("self_attn.o_sparsify", ("self_attn.o_proj",)),
     "gate_up": ProjectionGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     "down": ProjectionGroup("mlp.down_sparsify", ("mlp.down_proj",)),
+}
+_PHI3_GROUPS = _LLAMA_GROUPS | {
+    "qkv": ProjectionGroup("input_layernorm", ("self_attn.qkv_proj",)),
+    "gate_up": ProjectionGroup("post_attention_layernorm", ("mlp.gate_up_proj",)),
+}
+_GEMMA3_GROUPS = _LLAMA_GROUPS | {
+    "gate_up": _LLAMA_GROUPS["gate_up"]._replace(selector="pre_feedforward_layernorm"),
 }
 
 
@@ -151,3 +158,27 @@ class QSparseMistralConfig(QSparseConfigMixin, MistralConfig):
 class QSparseQwen2Config(QSparseConfigMixin, Qwen2Config):
     model_type = "qsparse_qwen2"
     base_model_tp_plan = _tensor_parallel_plan(_LLAMA_GROUPS)
+
+
+@strict
+class QSparseQwen3Config(QSparseConfigMixin, Qwen3Config):
+    model_type = "qsparse_qwen3"
+    base_model_tp_plan = _tensor_parallel_plan(_LLAMA_GROUPS)
+
+
+@strict
+class QSparsePhi3Config(QSparseConfigMixin, Phi3Config):
+    model_type = "qsparse_phi3"
+    projection_groups = _PHI3_GROUPS
+    base_model_tp_plan = _tensor_parallel_plan(_PHI3_GROUPS)
+
+
+@strict
+class QSparseGemma3Config(QSparseConfigMixin, Gemma3TextConfig):
+    model_type = "qsparse_gemma3_text"
+    projection_groups = _GEMMA3_GROUPS
+    base_model_tp_plan = _tensor_parallel_plan(_GEMMA3_GROUPS)
+
+    def validate_use_bidirectional_attention(self) -> None:
+        if self.use_bidirectional_attention:
+            raise ValueError("use_bidirectional_attention must be False: Q-Sparse models are causal, got True")

@@ -82,6 +82,8 @@ class QSparseAttention(Block):
     o_proj: nn.Module
     o_sparsify: Sparsify
     sliding_window: int | None = None
+    qk_norm: ClassVar[bool] = False
+    """Whether the family normalises each head's query and key, by its `q_norm` and `k_norm`."""
     rotate: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(apply_rotary_pos_emb)
     """The family's rotary embedding of query and key."""
 
@@ -90,8 +92,11 @@ class QSparseAttention(Block):
         return self.project(x, self.q_proj, self.k_proj, self.v_proj)
 
     def split_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Each as `[B, H, T, d]`."""
-        return tuple(each.view(*each.shape[:-1], -1, self.head_dim).transpose(1, 2) for each in (query, key, value))
+        """Each as `[B, H, T, d]`, normalised where the family does so before the rotary embedding."""
+        query, key, value = (
+            each.view(*each.shape[:-1], -1, self.head_dim).transpose(1, 2) for each in (query, key, value)
+        )
+        return (self.q_norm(query), self.k_norm(key), value) if self.qk_norm else (query, key, value)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs) -> tuple:
         """What the configured attention function returns: `[B, T, H, d]`, and the weights or None."""
@@ -214,6 +219,8 @@ class QSparseModel(QSparsePreTrainedModel):
     attention_class: type
     mlp_class: type
     norm_class: type = RMSNormSparsify
+    sandwich_norms: ClassVar[bool] = False
+    """Whether the family normalises the output of attention and feed-forward, too, before the residual sum."""
     layers: nn.ModuleList
 
     def __init__(self, config: QSparseConfigMixin) -> None:

@@ -11,7 +11,7 @@ Shapes: D features of a token, M features of a block, K features kept.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -113,10 +113,15 @@ def divide_by_l2_norm(x: Tensor) -> Tensor:
     return torch.where(known, scaled / torch.where(known, norm, 1), wide).to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square normalisation over the last dimension, rounded where Transformers' Llama rounds."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """Root-mean-square normalisation over the last dimension, rounded where Transformers' Llama rounds.
+
+    With `unit_offset` the gain is `1 + weight`, and the product alone is rounded, to `x`'s dtype, as in Gemma.
+    """
     wide = x.to(torch.float32)
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if unit_offset:
+        return (wide * (1 + weight.to(torch.float32))).to(x.dtype)
     return weight * wide.to(x.dtype)
 
 
@@ -137,8 +142,8 @@ class SparsifyImplementation(Protocol):
     def topk(self, x: Tensor, selection: Selection) -> Tensor:
         """`x` where it survives, rescaled where the selection says so."""
 
-    def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, selection: Selection) -> Tensor:
-        """The top-K of the root-mean-square norm."""
+    def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool, selection: Selection) -> Tensor:
+        """The top-K of `rms_norm`."""
 
     def glu_topk(self, gate: Tensor, up: Tensor, activation: str, selection: Selection) -> Tensor:
         """The top-K of the gated activation."""
@@ -172,8 +177,8 @@ class TorchSparsify:
         y = _StraightThrough.apply(x, self.mask(x, selection))
         return divide_by_l2_norm(y) if selection.rescale == "l2" else y
 
-    def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, selection: Selection) -> Tensor:
-        return self.topk(rms_norm(x, weight, eps), selection)
+    def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool, selection: Selection) -> Tensor:
+        return self.topk(rms_norm(x, weight, eps, unit_offset), selection)
 
     def glu_topk(self, gate: Tensor, up: Tensor, activation: str, selection: Selection) -> Tensor:
         return self.topk(gated(gate, up, activation), selection)
@@ -270,6 +275,7 @@ def rms_norm_sparsify(
     ste: bool = True,
     backend: str | None = None,
     compact: bool = False,
+    unit_offset: bool = False,
 ) -> Tensor | Survivors:
     """`topk_sparsify` of the root-mean-square norm of `x`: `x / sqrt(mean(x^2) + eps) * weight`, computed in fp32.
 
@@ -277,9 +283,11 @@ def rms_norm_sparsify(
         x: `[..., D]`, as `topk_sparsify` takes it.
         weight: `[D]`, the norm's gain.
         eps: added to the mean square.
+        unit_offset: the gain is `1 + weight`, and the product alone is rounded, as in Gemma.
 
     Returns:
-        `[..., D]` of the dtype that `x` and `weight` promote to; at sparsity 0 the dense norm.
+        `[..., D]` of the dtype that `x` and `weight` promote to, or with `unit_offset` of `x`'s; at sparsity 0 the
+        dense norm.
 
     Raises:
         ValueError: also for a weight of another shape or device than `x`'s features, an `eps` that is no number >= 0.
@@ -295,7 +303,7 @@ def rms_norm_sparsify(
     if not isinstance(eps, int | float) or not eps >= 0:
         raise ValueError(f"eps must be a number >= 0, got {eps!r}")
     selection = Selection(sparsity, block_size, rescale, ste)
-    return select("rms_norm_topk", (x, weight, eps), selection, backend, compact)
+    return select("rms_norm_topk", (x, weight, eps, unit_offset), selection, backend, compact)
 
 
 def glu_sparsify(
@@ -364,7 +372,7 @@ class Sparsify(nn.Module):
         return select(form, inputs, self.selection)
 
     def forward(self, x: Tensor) -> Tensor | Survivors:
-        training = torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled() and self.selection.sparsity > 0
+        training = torch.compiler.is_compiling() and torch.is_grad_enabled() and self.selection.sparsity > 0
         if training and not torch.compiler.is_exporting():
             # Attention saves its output for its own backward. Selecting from it again there costs less than a second
             # tensor; an uncompiled model cannot be told so from here.
@@ -386,10 +394,12 @@ class RMSNormSparsify(Sparsify):
 
     weight: nn.Parameter
     variance_epsilon: float
+    unit_offset: ClassVar[bool] = False
+    """Whether the gain is `1 + weight`: see `rms_norm`."""
 
     def forward(self, x: Tensor, selection: Selection | None = None) -> Tensor | Survivors:
         """The norm's survivors of `x [..., D]`, by another `selection` than the configured one if that is given."""
-        inputs = x, self.weight, self.variance_epsilon
+        inputs = x, self.weight, self.variance_epsilon, self.unit_offset
         if selection is not None:
             return select("rms_norm_topk", inputs, selection)
         return self.select("rms_norm_topk", *inputs)

@@ -20,11 +20,12 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
-from .sources import RowCheck, Source, read_documents, reason
+from .sources import RowCheck, Source, check_whole, read_documents, reason
 
 logger = logging.getLogger(__name__)
 
 _TOKENIZED_TOGETHER = 128  # documents: enough for the tokenizer's threads, few enough to read again on resume
+_CACHE_VERSION = 2  # goes up when the same files become other rows: what was cached before is then prepared again
 
 
 @dataclass
@@ -56,14 +57,22 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        for name in ("train_data", "eval_data"):
+            value = getattr(self, name)
+            if not isinstance(value, list) or not all(isinstance(source, str) for source in value):
+                raise UserError(f"{name} must be a list of data sources, each as text, got {value!r}")
         if not self.train_data:
             raise UserError("train_data must name what to train on")
         self.train_sources = [Source.parse(source) for source in self.train_data]
         self.eval_sources = [Source.parse(source) for source in self.eval_data]
-        if self.sequence_length < 2:
-            raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
-        if self.shuffle_window < 1:
-            raise UserError(f"shuffle_window must be at least 1, got {self.shuffle_window}")
+        for name, least in (("sequence_length", 2), ("shuffle_window", 1)):
+            value = getattr(self, name)
+            check_whole(name, value)
+            if value < least:
+                raise UserError(f"{name} must be at least {least}, got {value}")
+        for name in ("streaming", "repeat_data"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.on_bad_row not in ("error", "skip"):
             raise UserError(f"on_bad_row must be error or skip, got {self.on_bad_row!r}")
 
@@ -79,8 +88,8 @@ def pack(documents: Iterable[list[int]], end: int, sequence_length: int, start: 
     """Lay documents (token ids) end to end, each closed by the token `end`, and cut sequences from them.
 
     Args:
-        documents: their tokens.
-        end: closes every document.
+        documents: their tokens; a document may end in `end` already, as some tokenizers' templates have it.
+        end: closes every document, once.
         sequence_length: tokens in a sequence.
         start: tokens of the first document that are used up already.
 
@@ -91,7 +100,10 @@ def pack(documents: Iterable[list[int]], end: int, sequence_length: int, start: 
     tokens: list[int] = []
     positions: list[int] = []
     for document in documents:
-        document = [*document, end]
+        document = document.copy()
+        while document[-1:] == [end]:
+            document.pop()
+        document.append(end)
         while start < len(document):
             piece = document[start : start + sequence_length - len(tokens)]
             tokens += piece
@@ -118,6 +130,18 @@ def text_batches(documents: Iterable[dict], check: RowCheck) -> Iterator[list[st
     texts = (row["text"] for row in documents if check.passes(row))
     while batch := list(islice(texts, _TOKENIZED_TOGETHER)):
         yield batch
+
+
+def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The token ids of each text, as the tokenizer's template begins and ends it, with one begin token at most.
+
+    A text that spells the begin token out would otherwise stand behind two.
+    """
+    documents = tokenizer(texts, verbose=False)["input_ids"]
+    for document in documents:
+        while document[:2] == [tokenizer.bos_token_id] * 2:
+            document.pop(0)
+    return documents
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -164,7 +188,7 @@ def prepare_on_disk(
                 f"sequence of {arguments.sequence_length} tokens" + (f"; {check}" if check.skipped else "")
             )
 
-    fingerprint = Hasher.hash((content, arguments.on_bad_row, key))
+    fingerprint = Hasher.hash((_CACHE_VERSION, content, arguments.on_bad_row, key))
     try:
         dataset = Dataset.from_generator(rows, features, fingerprint=fingerprint)
     except DatasetGenerationError as error:
@@ -197,7 +221,7 @@ def pack_on_disk(
 
     def generate(documents: IterableDataset, check: RowCheck) -> Iterator[dict]:
         batches = text_batches(documents, check)
-        tokenized = (tokens for texts in batches for tokens in tokenizer(texts, verbose=False)["input_ids"])
+        tokenized = (tokens for texts in batches for tokens in tokenize(texts, tokenizer))
         return (packed.row for packed in pack(tokenized, end, arguments.sequence_length))
 
     features = Features(dict.fromkeys(("input_ids", "position_ids"), List(Value("int32"))))
@@ -208,4 +232,5 @@ def pack_on_disk(
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """A fingerprint of what the tokenizer does."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return Hasher.hash((backend.to_str() if backend else tokenizer, tokenizer.eos_token, tokenizer.chat_template))
+    marks = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template)
+    return Hasher.hash((backend.to_str() if backend else tokenizer, *marks))

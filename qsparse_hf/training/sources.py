@@ -7,7 +7,12 @@ wrong with it (`problem`), so that a bad row can be named or counted wherever th
 import csv
 import glob
 import json
-from collections.abc import Iterator
+import os
+import re
+import reprlib
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -25,8 +30,9 @@ from datasets import (
     load_dataset,
 )
 from datasets.fingerprint import Hasher
+from fsspec.utils import infer_compression
 
-from ..errors import UserError, one_line
+from ..errors import UserError
 
 # What a column of a source can be. Language modelling reads `text`; SFT reads any of these sets.
 ROLES = ({"text"}, {"messages"}, {"prompt", "completion"}, {"system", "prompt", "completion"})
@@ -38,9 +44,18 @@ FEATURES = Features(
 
 _TABLES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
 _TEXTS = (".txt", ".md", ".rst", ".py")
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4", ".snappy")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar")
 # ShareGPT's names for a message's fields and speakers.
 _SPEAKERS = {"human": "user", "gpt": "assistant"}
+# A model has nothing to learn where one of these says nothing; a system message or a tool's answer may be empty.
+_SAY_SOMETHING = ("user", "assistant")
+# A CSV's field may be longer than the 128 KiB that Python allows by default. What a quote that nothing closes takes up
+# is read again as rows, so it has to end before memory does.
+_LONGEST_FIELD = 1 << 26
+# A record of CSV whose quotes are all where RFC 4180 has them.
+_FIELD = r'(?:"[^"]*+(?:""[^"]*+)*+"|[^",\r\n]*+)'
+_WELL_QUOTED = re.compile(rf"{_FIELD}(?:,{_FIELD})*+[\r\n]*")
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,8 @@ class Source:
 
     Attributes:
         files: paths, folders or globs. `.jsonl`, `.ndjson`, `.json`, `.parquet` and `.csv` (also compressed) hold rows;
-            any other text file is one document, of a folder those that end in `.txt`, `.md`, `.rst` or `.py`.
+            any other text file is one document, of a folder those that end in `.txt`, `.md`, `.rst` or `.py`. Text is
+            UTF-8, with or without a byte-order mark. What is hidden in a folder (`.git`) is left out.
         dataset: or a dataset on the Hub or a local folder that `load_dataset` understands.
         name: its configuration (subset).
         split: its split; slices like `train[:1%]` too, unless it is streamed.
@@ -73,13 +89,28 @@ class Source:
     take: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.files, tuple) or not all(isinstance(file, str) for file in self.files):
+            raise UserError(f"files of a data source must be a path or several, got {self.files!r}")
+        for key, value in (("dataset", self.dataset), ("name", self.name), ("split", self.split)):
+            if not isinstance(value, str) and (value is not None or key == "split"):
+                raise UserError(f"{key} of a data source must be text, got {value!r}")
+        if not all(file.strip() for file in self.files) or (self.dataset is not None and not self.dataset.strip()):
+            raise UserError("a data source must name a file, a folder, a glob or a dataset, got empty text")
         if bool(self.files) == bool(self.dataset):
             raise UserError("a data source needs either files or dataset")
+        if not isinstance(self.columns, dict) or not all(isinstance(name, str) for name in self.columns.values()):
+            raise UserError(f"columns of {self} must be a column's name or {{role: column}}, got {self.columns!r}")
         if set(self.columns) not in ROLES:
             allowed = "; ".join("+".join(sorted(roles)) for roles in ROLES)
             raise UserError(f"columns of {self} must name one of {allowed}, got {'+'.join(sorted(self.columns))}")
-        if self.probability is not None and not 0 < self.probability <= 1:
-            raise UserError(f"probability of {self} must be above 0 and at most 1, got {self.probability}")
+        if self.probability is not None:
+            if isinstance(self.probability, bool) or not isinstance(self.probability, int | float):
+                raise UserError(f"probability of a data source must be a number, got {self.probability!r}")
+            if not 0 < self.probability <= 1:
+                raise UserError(f"probability of {self} must be above 0 and at most 1, got {self.probability}")
+        check_whole("skip of a data source", self.skip)
+        if self.take is not None:
+            check_whole("take of a data source", self.take)
         if self.skip < 0 or (self.take is not None and self.take < 1):
             raise UserError(f"{self}: skip must be at least 0 and take at least 1, got {self.skip} and {self.take}")
 
@@ -91,25 +122,32 @@ class Source:
         """A source as a recipe writes it: a path, a folder, a glob, or a mapping of the attributes as JSON."""
         if not written.startswith("{"):
             return cls(files=(written,))
-        values = json.loads(written)
+        try:
+            values = _JSON.decode(written)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"a data source is a path, or {{files: ..., columns: ...}} as JSON, got {written:.60}: {error}"
+            ) from None
         known = {f.name for f in fields(cls)}
         for key in values:
             if key not in known:
                 raise UserError(f"a data source has no field {key!r}; it has {', '.join(sorted(known))}")
-        for key, convert in (("probability", float), ("skip", int), ("take", int)):
-            if values.get(key) is not None:
-                try:
-                    values[key] = convert(values[key])
-                except ValueError:
-                    raise UserError(f"{key} of a data source must be a number, got {values[key]!r}") from None
         if "files" in values:
             files = [values["files"]] if isinstance(values["files"], str) else values["files"]
-            if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-                raise UserError(f"files of a data source must be a path or several, got {files!r}")
-            values["files"] = tuple(files)
+            values["files"] = tuple(files) if isinstance(files, list) else files
         if isinstance(values.get("columns"), str):
             values["columns"] = {"text": values["columns"]}
         return cls(**values)
+
+
+def check_whole(name: str, value: object) -> None:
+    """Refuse what is no `int`; a bool is none, and a float is not rounded.
+
+    Raises:
+        UserError: with `name`, a field of the user's.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{name} must be a whole number, got {value!r}")
 
 
 def read_documents(sources: list[Source], *, streaming: bool, seed: int) -> tuple[IterableDataset, str | None]:
@@ -129,15 +167,16 @@ def read_documents(sources: list[Source], *, streaming: bool, seed: int) -> tupl
         raise UserError("give a probability to every data source or to none")
     if probabilities and abs(sum(probabilities) - 1) > 1e-6:
         raise UserError(f"the probabilities of the data sources must add up to 1, got {sum(probabilities):g}")
-    parts, contents = zip(*(_open(source, streaming, seed) for source in sources), strict=True)
+    opened = [_open(source, streaming, seed) for source in sources]
+    parts, contents = [part for part, _ in opened], [content for _, content in opened]
     if streaming:  # a buffer of one leaves rows where they are and draws the order of the shards alone
         parts = [part.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1) for part in parts]
     if len(parts) == 1:
         documents = parts[0]
     elif probabilities:
-        documents = interleave_datasets(list(parts), probabilities, seed=seed, stopping_strategy="first_exhausted")
+        documents = interleave_datasets(parts, probabilities, seed=seed, stopping_strategy="first_exhausted")
     else:
-        documents = concatenate_datasets(list(parts))
+        documents = concatenate_datasets(parts)
     return documents, None if None in contents else Hasher.hash((contents, probabilities, seed))
 
 
@@ -153,15 +192,23 @@ def _open(source: Source, streaming: bool, seed: int) -> tuple[IterableDataset, 
 
     try:
         rows = load_dataset(source.dataset, source.name, split=source.split, streaming=streaming)
-        names = rows.column_names or list(next(iter(rows)))
+        names = rows.column_names or list(next(iter(rows), {}))
     except Exception as error:  # builders raise what they like
         where = f"dataset {source.dataset!r}" + (f", {source.name}" if source.name else "")
         raise UserError(f"{where}, split {source.split!r}: {reason(error)}") from error
     if missing := sorted(set(source.columns.values()) - set(names)):
-        raise UserError(f"{source.dataset} has no column {missing[0]!r}; it has {', '.join(names)}")
+        raise UserError(f"{source.dataset} {_no_column(missing[0], names)}")
+    if rows.column_names:  # the others are not even decoded; where names are unknown, rows may differ in them
+        names = sorted(set(source.columns.values()))
+        rows = rows.select_columns(names)
     content = Hasher.hash((rows._fingerprint, source.columns)) if isinstance(rows, Dataset) else None
+    count = rows.num_rows if isinstance(rows, Dataset) else None
     rows = _slice(rows, source)
     if isinstance(rows, Dataset):
+        if not len(rows):
+            raise UserError(
+                f"{source.dataset}: split {source.split} holds {count:,} row(s), and skip leaves none of them"
+            )
         if source.probability is not None:  # the mixture may end before this source: what is left out is drawn
             rows = rows.shuffle(seed=seed)
         rows = rows.to_iterable_dataset()
@@ -172,8 +219,8 @@ def _open(source: Source, streaming: bool, seed: int) -> tuple[IterableDataset, 
 
 def _slice(rows: Dataset | IterableDataset, source: Source) -> Dataset | IterableDataset:
     if source.skip:
-        rows = rows.skip(source.skip)
-    return rows if source.take is None else rows.take(source.take)
+        rows = rows.skip(min(source.skip, sys.maxsize))
+    return rows if source.take is None else rows.take(min(source.take, sys.maxsize))
 
 
 def _label(row: dict, index: int, columns: dict[str, str], name: str) -> dict:
@@ -181,12 +228,20 @@ def _label(row: dict, index: int, columns: dict[str, str], name: str) -> dict:
 
 
 def _match(pattern: str) -> list[Path]:
-    if Path(pattern).is_dir():
+    if os.path.isdir(pattern):
         found = [path for path in Path(pattern).rglob("*") if _kind(path) in _TABLES + _TEXTS and path.is_file()]
+        found = [path for path in found if not any(p.startswith(".") for p in path.relative_to(pattern).parts)]
     else:
-        found = [path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file()]
+        found = [Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
     if not found:
         raise UserError(f"no file matches {pattern!r}")
+    for path in found:
+        if _kind(path) in _ARCHIVES:
+            raise UserError(
+                f"{path} is an archive; unpack it, or compress each file by itself ({', '.join(_COMPRESSED)})"
+            )
+        if path.suffix.lower() in _COMPRESSED and infer_compression(path.name) is None:
+            raise UserError(f"{path}: reading {path.suffix} needs a package that is not installed (zstandard for .zst)")
     return sorted(found)
 
 
@@ -200,57 +255,162 @@ def _read_files(files: list[str], columns: dict[str, str]) -> Iterator[dict]:
         kind = _kind(Path(file))
         number = 0
         try:
-            for row, number in _READERS.get(kind, _read_text)(file):
-                origin = file if kind not in _TABLES else f"{file}:{number}"
-                yield _document(row, columns if kind in _TABLES else {"text": "text"}, origin)
+            if kind in _READERS:
+                for row, number in _READERS[kind](file, sorted(set(columns.values()))):
+                    yield _document(row, columns, f"{file}:{number}")
+            else:
+                yield _document(_read_text(file, columns), {"text": "text"}, file)
         except Exception as error:  # each format and compression raises its own
             after = f" after row {number}" if number else ""
             raise UserError(f"{file}: cannot be read{after}: {reason(error)}") from error
 
 
-def _read_text(file: str) -> Iterator[tuple[dict | str, int]]:
-    with fsspec.open(file, "rt", compression="infer", encoding="utf-8", errors="replace") as opened:
+class _BadRow(ValueError):
+    """Says what is wrong with a row. A reader yields it in the place of a row that it cannot read."""
+
+
+# A row as its file has it, and the number of its line (in a list or a parquet file, of the row), counted from 1.
+_Rows = Iterator[tuple[object, int]]
+
+
+def _open_text(file: str, errors: str = "surrogateescape", newline: str | None = None) -> fsspec.core.OpenFile:
+    """`file` as text without its byte-order mark. Bytes that are not UTF-8 stay in it, for their row to be named."""
+    return fsspec.open(file, "rt", compression="infer", encoding="utf-8-sig", errors=errors, newline=newline)
+
+
+def _read_text(file: str, columns: dict[str, str]) -> object:
+    if "text" not in columns:
+        return _BadRow(f"is one document of text; {', '.join(columns)} are read from {', '.join(_TABLES)}")
+    with _open_text(file, errors="replace") as opened:
         text = opened.read()
-        yield "is not text" if "\0" in text else {"text": text}, 1
+    return _BadRow("is not text; it holds NUL bytes") if "\0" in text else {"text": text}
 
 
-def _read_jsonl(file: str) -> Iterator[tuple[dict | str, int]]:
+class _Twice:
+    """In the place of a value whose name an object holds twice."""
+
+    def __repr__(self) -> str:
+        return "two values"
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        found |= {name: _Twice() for name, count in Counter(name for name, _ in pairs).items() if count > 1}
+    return found
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _read_jsonl(file: str, asked: Sequence[str]) -> _Rows:
     with fsspec.open(file, "rb", compression="infer") as lines:
         for number, line in enumerate(lines, 1):
-            line = line.strip()
+            text = line.strip().decode("utf-8-sig", "surrogateescape")
+            row: object
             try:
-                yield json.loads(line) if line else "is an empty line", number
+                row = _JSON.decode(text) if text else _BadRow("is an empty line; a row is an object in one line")
             except (ValueError, RecursionError) as error:
-                yield f"is not JSON: {error}", number
+                row = _BadRow(f"is not JSON: {error}")
+            yield row, number
 
 
-def _read_json(file: str) -> Iterator[tuple[dict | str, int]]:
-    with fsspec.open(file, "rt", compression="infer", encoding="utf-8") as text:
+def _read_json(file: str, asked: Sequence[str]) -> _Rows:
+    with _open_text(file) as text:
         begins = next((line.lstrip()[0] for line in text if line.strip()), "")
         if begins == "[":
             text.seek(0)
-            yield from zip(json.load(text), range(1, 1 << 62), strict=False)
+            for number, row in enumerate(_JSON.decode(text.read()), 1):
+                yield row, number
             return
-    yield from _read_jsonl(file)  # JSON lines by another name
+    yield from _read_jsonl(file, asked)  # JSON lines by another name
 
 
-def _read_parquet(file: str) -> Iterator[tuple[dict, int]]:
+def _read_parquet(file: str, asked: Sequence[str]) -> _Rows:
     number = 0
     with pyarrow.parquet.ParquetFile(file) as table:
-        for batch in table.iter_batches(batch_size=256):
-            for row in batch.to_pylist():
+        names = table.schema_arrow.names
+        _check_header(names, asked)
+        missing = [name for name in asked if name not in names]
+        for batch in table.iter_batches(batch_size=256, columns=[name for name in asked if name in names]):
+            for index in range(batch.num_rows):
                 number += 1
-                yield row, number
+                yield _no_column(missing[0], names) if missing else _parquet_row(batch, index, asked), number
 
 
-def _read_csv(file: str) -> Iterator[tuple[dict, int]]:
-    csv.field_size_limit(2**31 - 1)  # documents are longer than the 128 KiB that csv allows by default
-    with fsspec.open(file, "rt", compression="infer", encoding="utf-8", newline="") as text:
-        rows = csv.DictReader(text)
-        yield from ((row, rows.line_num) for row in rows)
+def _parquet_row(batch: pyarrow.RecordBatch, index: int, asked: Sequence[str]) -> dict[str, object] | _BadRow:
+    row = {}
+    for name in asked:
+        try:
+            row[name] = batch.column(name)[index].as_py()
+        except Exception as error:  # a date outside Python's years, text that is not UTF-8
+            return _BadRow(f"column {name!r} cannot be read: {reason(error)}")
+    return row
 
 
-_READERS = {
+def _read_csv(file: str, asked: Sequence[str]) -> _Rows:
+    csv.field_size_limit(_LONGEST_FIELD)
+    with _open_text(file, newline="") as lines:
+        records = _csv_records(lines)
+        header, _ = next((record for record in records if record[0]), ([], 0))
+        if isinstance(header, _BadRow):
+            raise ValueError(f"its header {header}")
+        _check_header(header, asked)
+        for cells, number in records:
+            if isinstance(cells, list):
+                if not cells:
+                    cells = _BadRow("is an empty line; a row has the header's columns")
+                elif len(cells) != len(header):
+                    cells = _BadRow(
+                        f"has {len(cells)} column(s) where the header has {len(header)}; "
+                        "a comma or a line break within a column needs quotes around the column"
+                    )
+            yield dict(zip(header, cells, strict=True)) if isinstance(cells, list) else cells, number
+
+
+def _csv_records(lines: Iterable[str]) -> Iterator[tuple[list[str] | _BadRow, int]]:
+    """The cells of each record, and the line on which it begins.
+
+    Of a record whose quotes are wrong, the first line alone is bad, and reading goes on with the second: a quote that
+    nothing closes would otherwise take all rows after it along.
+    """
+    lines = iter(lines)
+    ahead: deque[str] = deque()
+    taken: list[str] = []
+
+    def pull() -> Iterator[str]:
+        while ahead:
+            taken.append(ahead.popleft())
+            yield taken[-1]
+        for line in lines:
+            taken.append(line)
+            yield line
+
+    reader, number = csv.reader(pull(), strict=True), 1
+    while True:
+        taken.clear()
+        wrong = ""
+        cells: list[str] | None = None
+        try:
+            cells = next(reader, None)
+            if len(taken) > 1 and not _WELL_QUOTED.fullmatch("".join(taken)):
+                wrong = "a quote within a column that opens with none"
+        except csv.Error as error:
+            wrong = str(error)
+        if wrong:
+            ahead.extendleft(reversed(taken[1:]))
+            del taken[1:]
+            reader = csv.reader(pull(), strict=True)
+            rule = "a column that opens with a quote must close with one, and double those within"
+            yield _BadRow(f"is not CSV: {rule} ({wrong})"), number
+        elif cells is None:
+            return
+        else:
+            yield cells, number
+        number += len(taken)
+
+
+_READERS: dict[str, Callable[[str, Sequence[str]], _Rows]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
@@ -259,63 +419,116 @@ _READERS = {
 }
 
 
-def _empty(origin: str) -> dict:
-    return dict.fromkeys(FEATURES) | {"origin": origin}
+def _check_header(names: Sequence[str], asked: Sequence[str]) -> None:
+    for name in asked:
+        if names.count(name) > 1:
+            raise ValueError(f"its header names the column {name!r} twice, and only one can be read")
+
+
+def _no_column(name: str, names: Iterable[object]) -> _BadRow:
+    return _BadRow(f"has no column {name!r}; it has {', '.join(map(str, names)) or 'none':.200}")
 
 
 def _document(row: object, columns: dict[str, str], origin: str) -> dict:
-    """`row` in the shape of `FEATURES`; a reader's message about an unreadable row is its problem."""
-    document = _empty(origin)
+    """`row` in the shape of `FEATURES`."""
+    document = dict.fromkeys(FEATURES) | {"origin": origin}
+    try:
+        return document | _by_role(row, columns)
+    except _BadRow as bad:
+        return document | {"problem": _printable(str(bad))}
+
+
+def _by_role(row: object, columns: dict[str, str]) -> dict[str, object]:
+    """The values of the columns asked for, each under its role.
+
+    Raises:
+        _BadRow: what is wrong with it.
+    """
+    if isinstance(row, _BadRow):
+        raise row
     if not isinstance(row, dict):
-        return document | {"problem": row if isinstance(row, str) else f"must be an object, got {row!r:.40}"}
+        raise _BadRow(f"must be an object, got {_shown(row)}; a row names its columns, {{column: value, ...}}")
+    values: dict[str, object] = {}
     for role, column in columns.items():
         if column not in row:
-            return document | {"problem": f"has no column {column!r}; it has {', '.join(map(str, row)) or 'none'}"}
-        value = row[column]
-        if role == "messages":
-            value = _messages(value)
-            if value is None:
-                return document | {"problem": f"column {column!r} must hold messages, got {row[column]!r:.60}"}
-        elif role == "system" and not value:
-            value = None
-        elif not isinstance(value, str):
-            return document | {"problem": f"column {column!r} must hold text, got {value!r:.40}"}
-        elif not value.strip():
-            return document | {"problem": f"column {column!r} is empty"}
-        if not _encodes(value):
-            return document | {"problem": f"column {column!r} holds half of a surrogate pair, which is no text"}
-        document[role] = value
-    return document
+            raise _no_column(column, row)
+        try:
+            if role == "messages":
+                values[role] = _messages(row[column])
+            else:
+                values[role] = _text(row[column], empty=role == "system")
+        except _BadRow as bad:
+            raise _BadRow(f"column {column!r} {bad}") from None
+    return values
 
 
-def _encodes(value: str | list[dict[str, str]] | None) -> bool:
-    try:
-        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _messages(value: object) -> list[dict[str, str]] | None:
-    """A conversation as `[{role, content}]`, from that form or ShareGPT's `[{from, value}]`; None for anything else."""
-    if not isinstance(value, list) or not value:
+def _text(value: object, empty: bool = False) -> str | None:
+    """`value` if it is text that says something; with `empty`, None for text that says nothing, and for None."""
+    if empty and value is None:
         return None
+    if not isinstance(value, str):
+        raise _BadRow(f"must hold text, got {_shown(value)}")
+    _check_unicode(value)
+    if value.strip():
+        return value
+    if not empty:
+        raise _BadRow("is empty")
+    return None
+
+
+def _messages(value: object) -> list[dict[str, str]]:
+    """A conversation as `[{role, content}]`, from that form or ShareGPT's `[{from, value}]`."""
+    if not isinstance(value, list) or not value:
+        raise _BadRow(f"must hold messages, got {_shown(value)}; they are a list of {{role: ..., content: ...}}")
     messages = []
-    for message in value:
-        if not isinstance(message, dict):
-            return None
-        role, content = message.get("role") or message.get("from"), message.get("content") or message.get("value")
-        if not isinstance(role, str) or not isinstance(content, str):
-            return None
-        messages.append({"role": _SPEAKERS.get(role, role), "content": content})
+    for number, message in enumerate(value, 1):
+        role = content = None
+        if isinstance(message, dict):
+            role = message.get("role") or message.get("from")
+            content = message.get("content")
+            content = message.get("value") if content is None else content
+        if not isinstance(role, str) or not role or not isinstance(content, str):
+            raise _BadRow(
+                f"must hold messages, got {_shown(value)}; number {number} has no text as role and content, or as from "
+                "and value"
+            )
+        role = _SPEAKERS.get(role, role)
+        if role in _SAY_SOMETHING and not content.strip():
+            raise _BadRow(f"holds an empty message of the {role}, number {number}; only others may be empty")
+        _check_unicode(role + content)
+        messages.append({"role": role, "content": content})
     return messages
 
 
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if "\udc80" <= text[error.start] <= "\udcff":  # what `surrogateescape` makes of a byte
+            raise _BadRow("holds bytes that are not UTF-8") from None
+        raise _BadRow("holds half of a surrogate pair, which is no text") from None
+
+
+def _shown(value: object) -> str:
+    """`value` for a message, however deep or long it is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 60
+    return short.repr(value)
+
+
 def reason(error: BaseException) -> str:
-    """What the exception at the bottom says: libraries wrap it in their own."""
+    """What the exception at the bottom says, in one line: libraries wrap it in their own."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return one_line(error)
+    said = " ".join(str(error).split())
+    if isinstance(error, KeyError) or not said:  # a name alone says nothing
+        said = f"{type(error).__name__} {said}".strip()
+    return _printable(f"{said:.300}")
+
+
+def _printable(text: str) -> str:
+    """`text` in one line that any terminal and any file takes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class RowCheck:

@@ -14,7 +14,7 @@ import torch.utils.data
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import UserError, user_errors
-from .data import DataArguments, end_token, pack, require_text, text_batches
+from .data import DataArguments, end_token, pack, require_text, text_batches, tokenize
 from .sources import RowCheck, Source, read_documents
 
 
@@ -119,7 +119,7 @@ class PackedStream(torch.utils.data.IterableDataset):
             for texts in text_batches(rows, self.check):
                 found = True
                 here["documents"] = state
-                for index, tokens in enumerate(self.tokenizer(texts, verbose=False)["input_ids"]):
+                for index, tokens in enumerate(tokenize(texts, self.tokenizer)):
                     if index >= first:
                         here["document"] = index
                         yield tokens
