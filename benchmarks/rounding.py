@@ -7,7 +7,8 @@
 Two ways that are equal but for rounding: attention as "eager" against "sdpa", and the prepared model's cached steps,
 one token at a time, against one forward over the window. Both read the same text, whatever either would have generated,
 on a CPU. A top-K is discontinuous, so that where two features are nearly equal the last bit decides which one survives,
-and the layers behind amplify that. In fp64 the ways agree, which says that it is rounding and no mistake.
+and the layers behind amplify that. In fp64 steps and forward agree, which says that it is rounding and no mistake;
+eager attention still differs there, as Transformers computes its softmax in fp32.
 """
 
 import argparse
