@@ -8,8 +8,8 @@ Every run is a process group of its own, started by `accelerate launch` with thi
 mixed precision, 16,384 tokens a GPU and update: gradients are exchanged in every update, the hardest case. Runs of one
 engine are interleaved, `--rounds` times; figures are medians over logged updates after the first half of a run.
 
-With `--resume` a run on two GPUs is also stopped half-way and gone on with on one and on two; the losses of the rest
-are compared with the uninterrupted run's.
+With `--resume` a run on two GPUs is also stopped half-way and resumed on one and on two GPUs; the losses of its second
+half are compared with the uninterrupted run's.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def measure(engines: list[str], counts: list[int], updates: int, rounds: int, co
 
 
 def resume(engines: list[str], corpus: dict, folder: Path) -> list[dict]:
-    """Stop after half of the updates on two GPUs, go on with one and with two, compare the losses of the rest."""
+    """Stop after half of the updates on two GPUs, resume on one and on two, compare the losses of the second half."""
     rows = []
     for engine in engines:
         batch = f"global_batch_size={2 * ROWS}"

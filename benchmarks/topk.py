@@ -1,11 +1,11 @@
-"""The exact top-K against a copy of the tensor, `torch.topk`, and `torch.compile`; alone, in blocks, and fused.
+"""What the exact top-K costs beside a copy of the tensor, `torch.topk` and `torch.compile`; alone, in blocks, fused.
 
     python benchmarks/topk.py --output topk.json
     python benchmarks/topk.py --features 4096 --dtype float32
 
-Every row is one GPU time: the median over interleaved rounds of a CUDA graph's replays, and its ratio to the floor: for
-a top-K a copy of the tensor, for a fused form what it is fused with, compiled, without a top-K. `torch.topk` is the
-implementation called "torch": `torch.topk`, a mask, and the order among equals.
+Every row is a GPU time, the median over interleaved rounds of a CUDA graph's replays, and its ratio to the floor. The
+floor of a top-K is a copy of the tensor; that of a fused form is the operation it is fused with, compiled, without a
+top-K. `torch.topk` is the implementation called "torch": `torch.topk`, a mask, and the order among equals.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def forms(x: Tensor, block_sizes: list[int], sparsity: float) -> dict[str, dict[
 
 
 def with_gradients(function: Callable, inputs: tuple[Tensor, ...], upstream: Tensor) -> Callable[[], object]:
-    """The function and its gradients, given the one of its output."""
+    """A call of the function and of its gradients, for the gradient `upstream` of its output."""
     leaves = [each.detach().requires_grad_() for each in inputs]
     return lambda: torch.autograd.grad(function(*leaves), leaves, upstream)
 

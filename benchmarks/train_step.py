@@ -49,7 +49,7 @@ class Step:
         return loss.detach()
 
     def peak(self, tokens: torch.Tensor) -> float:
-        """GiB that a step needs."""
+        """Peak memory of a step in GiB, weights and optimizer included."""
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         self(tokens)

@@ -1,8 +1,8 @@
 """How fast a model decodes, dense and sparse: end to end through `generate`, the step alone, and each product.
 
-All weights are random: speed does not depend on them, and a top-K keeps as many features of any input. The dense model
-runs in the fastest mode that its user has: on a GPU a static cache, `torch.compile` and CUDA graphs, which `generate`
-turns on by itself; on a CPU as it is.
+Weights are random: speed does not depend on them, since a top-K keeps the same number of features of any input. The
+dense model runs in the fastest mode that Transformers offers: on a GPU with a static cache, `torch.compile` and CUDA
+graphs, which `generate` turns on by itself; on a CPU as it is.
 """
 
 import gc
@@ -63,7 +63,7 @@ SHAPES = {
 
 
 class _Clock(LogitsProcessor):
-    """Notes when each token's logits are there to be processed."""
+    """Notes the time at which each token's logits arrive."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -99,7 +99,7 @@ def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.d
 
 
 def _set_sparsity(model: PreTrainedModel, sparsity: float) -> None:
-    """Every projection's, of a model that then is prepared."""
+    """Set the sparsity of every projection, and prepare the model for decoding."""
     model.restore()
     for module in model.modules():
         if isinstance(module, Sparsify):
@@ -110,7 +110,7 @@ def _set_sparsity(model: PreTrainedModel, sparsity: float) -> None:
 def _generate(
     model: PreTrainedModel, prompt: Tensor, new_tokens: int, cache: StaticCache | None
 ) -> tuple[float, float]:
-    """Microseconds of `generate`, host and device: a token behind the fourth, and all of the call, prompt and all."""
+    """Microseconds of `generate`, host and device: a token after the fourth, and the whole call with its prompt."""
     clock = _Clock()
     settled = 3
     if cache is not None:
@@ -133,7 +133,7 @@ def _generate(
 
 
 def _step(model: PreTrainedModel, cache: StaticCache, sequences: int) -> Callable[[], None]:
-    """A dense model's decode step, compiled and captured: what remains of a token without `generate`'s own work."""
+    """A dense model's decode step, compiled and captured: a token's time without the host's work in `generate`."""
     run = torch.compile(model, fullgraph=True, dynamic=False)
     device = model.device
     inputs = {
@@ -154,7 +154,7 @@ def _step(model: PreTrainedModel, cache: StaticCache, sequences: int) -> Callabl
 
 
 def _graph_step(cache: StaticCache) -> Callable[[], None]:
-    """A prepared model's, as `generate` captured it."""
+    """A prepared model's decode step, as `generate` captured it."""
     graph = cache.decode_graph
 
     def step() -> None:
@@ -165,14 +165,14 @@ def _graph_step(cache: StaticCache) -> Callable[[], None]:
 
 
 def _millijoules(step: Callable[[], None], seconds: float = 1.0) -> float | None:
-    """Energy of a call, by the driver's counter; None where there is none to read."""
+    """Millijoules of a call by the driver's energy counter; None where that cannot be read."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
         before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-    except Exception:  # no package, no driver, no permission, no counter: all the same here
+    except Exception:  # no package, driver, permission or counter: no figure
         return None
     start, calls = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
@@ -192,7 +192,7 @@ def _decode_rows(
     new_tokens: int,
     rounds: int,
 ) -> Iterator[dict]:
-    """For every sparsity, dense and sparse measured in turns."""
+    """A row for every sparsity, dense and sparse measured in turns."""
     device = dense.device
     on_gpu = device.type == "cuda"
     prompt = torch.randint(3, dense.config.vocab_size, (sequences, prompt_length), device=device)
@@ -219,7 +219,7 @@ def _decode_rows(
 
 
 def _copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy reads and writes together."""
+    """Bandwidth of a copy in bytes a second, reading and writing counted."""
     on_gpu = device.type == "cuda"
     source = torch.empty((128 if on_gpu else 32) << 20, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
@@ -235,7 +235,7 @@ def _copy_bandwidth(device: torch.device) -> float:
 def _product_rows(
     config: PreTrainedConfig, device: torch.device, sparsities: list[float], dtype: torch.dtype, rounds: int
 ) -> Iterator[dict]:
-    """Each projection group of a layer alone: the dense products, the sparse one, the selection before it."""
+    """A row for each projection group of a layer: its dense products, its sparse product, the selection before it."""
     sparse = _random_model(config, torch.device("meta"), dtype)
     on_gpu = device.type == "cuda"
     bandwidth = _copy_bandwidth(device)
@@ -301,18 +301,18 @@ def bench_decode(
     threads: int | None = None,
     output: str | Path | None = None,
 ) -> list[dict]:
-    """Measure and print; returns what is also written as JSON: every time in microseconds.
+    """Measure and print; returns the rows that are also written as JSON, with every time in microseconds.
 
     Args:
-        models: names in `SHAPES`, or configs or checkpoints (folders, files, Hub ids), of which the config is taken.
-        sparsities: of every projection.
-        batches: sequences decoded at once.
-        prompts: their tokens before decoding starts.
+        models: names in `SHAPES`, or folders, files or Hub ids of configs or checkpoints, of which the config is used.
+        sparsities: fractions of zeros, the same for every projection.
+        batches: numbers of sequences decoded at once.
+        prompts: numbers of tokens in the prompt.
         device: "cuda" or "cpu"; None for a GPU where there is one.
         new_tokens: decoded in each measurement.
         rounds: measurements of each, in turns.
-        threads: of a CPU; None leaves PyTorch's.
-        output: a JSON file for all of it, written anew after every row.
+        threads: CPU threads; None for PyTorch's default.
+        output: a JSON file for all rows, rewritten after each.
 
     Raises:
         UserError: a value outside these, or an output that cannot be written, before anything is measured.

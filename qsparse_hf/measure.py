@@ -25,9 +25,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments, `--sparsity` among them; ends with one line for what cannot be measured or written, or no GPU.
+    """The parsed arguments, with `--sparsity` and `--rounds` added to the parser's own, which include `--output`.
 
-    `parser` brings `--output`, a `Path`.
+    Ends the program with one line where a value cannot be measured, the output cannot be written or there is no GPU.
     """
     parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved measurements of each")
@@ -45,7 +45,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def captured(function: Callable[[], object], repeats: int) -> Callable[[], None]:
-    """`repeats` calls as one CUDA graph, so that small kernels are not timed with their launches."""
+    """`repeats` calls as one CUDA graph, so that the time of small kernels does not include their launches."""
     function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -60,10 +60,10 @@ def captured(function: Callable[[], object], repeats: int) -> Callable[[], None]
 
 
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
-    """Microseconds a call of each function, one of each in every round; each call is `repeats` of what is measured.
+    """Microseconds of each function, measured in turns, once in every round; a call does `repeats` of what is timed.
 
-    Every measured call comes behind an unmeasured one of its own: a neighbour leaves its writes in the caches. Where
-    there is a GPU, the time is the GPU's.
+    Every measured call follows an unmeasured one of the same function, since the function before it leaves its own data
+    in the caches. Where there is a GPU, its events take the time, else the host's clock.
     """
     timed = _on_gpu if torch.cuda.is_available() else _on_cpu
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -94,14 +94,14 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
 
 
 def print_table(heading: list[str], rows: Iterable[list[object]]) -> None:
-    """A Markdown table, each row as soon as it is there."""
+    """Print a Markdown table, each row as soon as it is measured."""
     for row in chain([heading, ["---"] * len(heading)], rows):
-        tqdm.write("| " + " | ".join(map(str, row)) + " |", file=sys.stdout)  # goes around progress bars
+        tqdm.write("| " + " | ".join(map(str, row)) + " |", file=sys.stdout)  # leaves progress bars intact
         sys.stdout.flush()
 
 
 def write_json(path: Path, results: object) -> None:
-    """Write the results and what they were measured on; folders that are missing are made."""
+    """Write the results and the machine they were measured on; missing folders are made."""
     machine = {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": torch.backends.cpu.get_cpu_capability(),

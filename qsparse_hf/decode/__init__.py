@@ -1,1 +1,1 @@
-"""Decoding through the weights of surviving features alone: `prepare_for_decode`, `restore`, and what they stand on."""
+"""Decoding that reads the weights of surviving features alone: `prepare_for_decode`, `restore`, and their parts."""

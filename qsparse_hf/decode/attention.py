@@ -1,9 +1,9 @@
-"""One token's attention: on a CPU, where the way in which Transformers calls PyTorch's is slow, and in a graph.
+"""Attention for one token: on a CPU, where Transformers' call of PyTorch's attention is slow, and in a CUDA graph.
 
-Behind 2048 entries in bf16 a layer of 32 heads takes 3.5 to 4 ms on a CPU, six to twelve times what either way here
-takes: `benchmarks/NOTES.md`.
+For one token, 32 heads and a cache of 2048 entries in bf16, that call takes 3.5 to 4 ms a layer on two CPU cores, six
+to twelve times as long as the implementations here: `benchmarks/NOTES.md`.
 
-B sequences, H query heads, G of them to a key-value head, L entries of the cache, d head size.
+B sequences, H query heads, G query heads to a key-value head, L entries of the KV cache, d head size.
 """
 
 from collections.abc import Sequence
@@ -22,17 +22,17 @@ class AttendImplementation(Protocol):
     """One way to compute `attend`."""
 
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
-        """Why it does not run on query and keys, or None if it does; `asked` if somebody named it."""
+        """Why it does not run on query and keys, or None if it does; `asked` if the caller named it."""
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """See `attend`."""
 
 
 class StepImplementation(Protocol):
-    """One way to do all that a decode step does between its projections."""
+    """One way to compute all of a decode step's attention between the projections, cache update included."""
 
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
-        """As above, of the query."""
+        """Why it does not run on the query, or None if it does; `asked` if the caller named it."""
 
     def attend(
         self,
@@ -48,20 +48,23 @@ class StepImplementation(Protocol):
         scaling: float,
         arrived: Tensor,
     ) -> Tensor:
-        """One token's attention over a static cache, which gets its key and value; `[B, 1, H * d]`.
+        """Attention of one token a sequence over a static cache, after its key and value are added; `[B, 1, H * d]`.
 
         Args:
-            query: `[B, 1, H * d]`; it, key and value `[B, 1, H / G * d]` may be parts of one tensor `[B, 1, N]`.
+            query: `[B, 1, H * d]`, before the rotary embedding. Query, key and value `[B, 1, H / G * d]` may be views
+                of one tensor `[B, 1, N]`.
             cos: `[B, 1, R]`, as `sin`: the rotary embedding at each token's position, of the first R <= d features.
             keys: `[B, H / G, L, d]`, contiguous, as `values`: the cache.
-            length: int64, one number on the device: how many entries the cache has. It is left as it is.
-            mask: `[B, 1, 1, >= L]`, bool: which entries count, for padding; None for all. The new one counts anyway.
-            arrived: int32, at least B * H zeros, and left so: room for the programs of a kernel to count each other.
+            length: int64, one number on the device: how many entries the cache holds before this token. The caller
+                updates it.
+            mask: `[B, 1, 1, >= L]`, bool, False for padding; None where there is none. The new entry always counts.
+            arrived: int32, at least B * H zeros, and zeros again afterwards: counters by which a kernel's programs
+                notice which of them is the last.
         """
 
 
 class TorchAttend:
-    """By PyTorch's own attention, to which the heads of a group pass for tokens."""
+    """PyTorch's own attention, given the query heads of a key-value head as if they were tokens: keys are read once."""
 
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
         return None
@@ -77,14 +80,14 @@ IMPLS: dict[str, AttendImplementation] = {"torch": TorchAttend()}
 """Implementations of `attend` by name, the preferred first; kernels add themselves with `backend.prefer`."""
 
 STEP_IMPLS: dict[str, StepImplementation] = {}
-"""As `IMPLS`, for the step that runs as a graph."""
+"""The same for `StepImplementation`, which the CUDA graph of a decode step uses."""
 
 
 def is_slow(query: Tensor, keys: Tensor, mask: Tensor | None, implementation: str, more: dict) -> bool:
-    """Whether `attend` takes what Transformers' function by that name would be given, and is faster.
+    """Whether `attend` can replace the Transformers attention function called `implementation`, and is faster.
 
-    Not where there is `more` that changes the result, as the paged cache of continuous batching, and not if somebody
-    put another function in that one's place.
+    False where keyword arguments (`more`) change the result, as the paged cache of continuous batching does, and where
+    a user registered another function under that name.
     """
     return (
         query.shape[2] == 1
@@ -99,12 +102,12 @@ def is_slow(query: Tensor, keys: Tensor, mask: Tensor | None, implementation: st
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """One token's attention over the entries of a cache, its own among them; `[B, 1, H, d]`.
+    """Attention of one token a sequence over a cache that holds its own entry already; `[B, 1, H, d]`.
 
     Args:
         query: `[B, H, 1, d]`.
         keys: `[B, H / G, L, d]`, as `values`.
-        mask: `[B or 1, 1, 1, L or 1]`, bool, which entries count, or floats that are added to the scores; None for
-            all. Where no entry counts there are zeros.
+        mask: `[B or 1, 1, 1, L or 1]`, bool (False: not attended) or floats that are added to the scores; None for
+            no mask. A sequence whose entries are all masked gets zeros.
     """
     return choose(IMPLS, [query, keys], None).attend(query, keys, values, mask, scaling)

@@ -1,6 +1,6 @@
-"""What a prepared model overrides of Transformers' `generate`; the one place that knows its inner workings.
+"""Every override of Transformers' `GenerationMixin`. A prepared model has them; other models override nothing.
 
-A model that is not prepared overrides nothing.
+No other file depends on the internals of `generate`, so that a new Transformers asks for changes here alone.
 """
 
 import math
@@ -18,10 +18,10 @@ from .transformers_names import CACHE
 
 
 class _Call(threading.local):
-    """What a thread's call of `generate` works with."""
+    """State of the running call of `generate`, one per thread."""
 
     cache: Cache | None = None
-    """The KV cache, which is offered to the next call."""
+    """The KV cache; offered to the next call of `generate` afterwards."""
     decoding: Decoding | None = None
 
 
@@ -33,17 +33,17 @@ def _is_transformers(some_class: type) -> bool:
 
 
 class PreparedGeneration(QSparseForCausalLM):
-    """A causal LM that decodes by replaying a graph, where there are graphs; mixed in before its class."""
+    """A causal LM whose decode steps replay a CUDA graph where they can; mixed in before the model's own class."""
 
     _spare_cache: Cache | None = None
-    """The KV cache of the last call, with the graph that decodes over it: offered to the next call."""
+    """KV cache offered to the next call of `generate`, with the CUDA graph that was captured over it."""
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_spare_cache"}
 
     @property
     def _steps_as_usual(self) -> bool:
-        """Whether nobody else, a subclass or a prompt of PEFT's, has a say in what a step of `generate` is given."""
+        """Whether the inputs of a step are Transformers' own: no subclass and no PEFT prompt method changes them."""
         classes = [each for each in type(self).__mro__ if each is not PreparedGeneration]
         return not any(
             name in vars(self) or any(name in vars(each) and not _is_transformers(each) for each in classes)
@@ -64,7 +64,7 @@ class PreparedGeneration(QSparseForCausalLM):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
-        """As in Transformers; on a GPU a static cache is taken where any would do, the last call's if it fits."""
+        """As in Transformers, but on a GPU a static cache unless another is asked for; the last call's if it fits."""
         ours = (
             self._steps_as_usual
             and has_graphs(self.device)
@@ -72,7 +72,7 @@ class PreparedGeneration(QSparseForCausalLM):
             and generation_config.cache_implementation in (None, "static")
             and generation_config.use_cache is not False
             and model_kwargs.get(CACHE) is None
-            # The caller may go on with a cache that is returned.
+            # A returned cache belongs to the caller, who may continue with it.
             and not generation_config.return_dict_in_generate
             and not generation_config.is_assistant
             and not generation_config.prefill_chunk_size
@@ -87,7 +87,7 @@ class PreparedGeneration(QSparseForCausalLM):
         generation_config.cache_implementation = "static"
         sequences = batch_size * generation_config.num_return_sequences
         size = sequences, torch.is_inference_mode_enabled()
-        spare = vars(self).pop("_spare_cache", None)  # nobody else's then
+        spare = vars(self).pop("_spare_cache", None)  # removed, so that no other call takes it meanwhile
         if spare is not None and spare.size == size and spare.asked >= max_cache_length:
             spare.reset()
             model_kwargs[CACHE] = spare
@@ -100,23 +100,23 @@ class PreparedGeneration(QSparseForCausalLM):
         _call.cache = spare
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, **kwargs):
-        """As in Transformers, but for a step that runs as a graph, which has its mask inside."""
+        """As in Transformers; for a step that runs as a graph, which builds its own mask, the 2D mask is passed on."""
         if self._steps_as_usual and fits(self, kwargs[CACHE], inputs_embeds.shape[1]):
             return attention_mask
         usual = getattr(super(), "create_masks_for_generate", create_masks_for_generate)
         return usual(config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
     def get_compiled_call(self, compile_config):
-        """What `generate` decodes with over a static cache: the model's own graph."""
+        """Where Transformers would decode with a compiled forward, decode with this package's graph."""
         compiled = super().get_compiled_call(compile_config)
         if not self._steps_as_usual:
             return compiled
         _call.decoding = Decoding(self, compiled)
         return _call.decoding
 
-    @wraps(GenerationMixin.prepare_inputs_for_generation)  # whose signature is looked into
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # Transformers inspects the signature
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
-        """As in Transformers; where a graph decodes, the host has little else to do, and the device waits for it."""
+        """As in Transformers; where a graph decodes, only what it reads, as the GPU waits for the host meanwhile."""
         decoding, cache = _call.decoding, kwargs.get(CACHE)
         if kwargs.get("next_sequence_length") == 1 and decoding is not None and decoding.goes_on(input_ids, cache):
             return {"input_ids": input_ids[:, -1:], CACHE: cache}

@@ -1,8 +1,8 @@
 """A decode step as one CUDA graph: a model's forward for one token a sequence over a static cache, replayed.
 
-A step is some three hundred short kernels; launched one by one they cost many times what they compute. PyTorch compiles
-a step into a graph too (and Transformers' `generate` asks for that), after half a minute of compiling; this one is
-captured from the prepared model as it is.
+A step is some three hundred short kernels, and launching them one by one takes many times as long as running them.
+Transformers' `generate` has `torch.compile` build such a graph, which takes half a minute; this one is captured from
+the prepared model without compiling it.
 """
 
 import logging
@@ -23,7 +23,7 @@ from .transformers_names import CACHE
 
 
 def _has_room(layer: CacheLayerMixin) -> bool:
-    """Whether the next entry goes where the last one ended: not in a window that is full and moves."""
+    """Whether the next entry is appended behind the last one. False for a sliding window that is full, which shifts."""
     if type(layer) is StaticSlidingWindowLayer:
         return layer.is_initialized and layer.cumulative_length_int < layer.max_cache_len
     return type(layer) is StaticLayer and layer.is_initialized
@@ -41,7 +41,7 @@ def _rope_types(config: PreTrainedConfig) -> set[str]:
 
 
 def obstacle(model: nn.Module, cache: object) -> str | None:
-    """Why a forward over one token a sequence and this cache cannot be such a step, or None if it can."""
+    """Why a forward of one token a sequence over this cache cannot run as a CUDA graph, or None if it can."""
     config, head_size = model.config, model.base_model.layers[0].self_attn.head_dim
     weight = model.base_model.layers[0].mlp.down_proj.weight
     if not model.is_prepared:
@@ -64,7 +64,7 @@ def obstacle(model: nn.Module, cache: object) -> str | None:
 
 
 def fits(model: nn.Module, cache: object, length: int) -> bool:
-    """Whether a forward over `length` tokens a sequence and this cache can be such a step; if not, why is logged."""
+    """Whether a forward of `length` tokens a sequence over this cache can run as a CUDA graph; if not, logs why."""
     if length != 1 or not has_graphs(model.device):
         return False
     if reason := obstacle(model, cache):
@@ -73,9 +73,10 @@ def fits(model: nn.Module, cache: object, length: int) -> bool:
 
 
 class DecodeGraph:
-    """A model's decode step over one cache, to which it belongs.
+    """A model's decode step over one cache, captured on its first call. The cache owns it, as `cache.decode_graph`.
 
-    Its inputs are copied to where the graph reads them; its logits are overwritten by the next step.
+    A graph reads its inputs from fixed addresses, so each step's inputs are copied there. The logits of a step are
+    overwritten by the next one.
     """
 
     def __init__(self, model: nn.Module, cache: Cache, sequences: int) -> None:
@@ -95,21 +96,21 @@ class DecodeGraph:
         self.captured: object = None
 
     def __reduce__(self):
-        return type(None), ()  # a copy of a cache, or one from a file, has none
+        return type(None), ()  # None: a cache that is copied or pickled loses its graph
 
     def _inside(self) -> tuple:
-        """What a graph was captured with, and cannot notice the change of."""
+        """What the graph has baked in, addresses of weights and selections: it is captured again when these change."""
         model = self.model()
         places = tuple(parameter.data_ptr() for parameter in model.parameters())
         return places, tuple(module.selection for module in model.modules() if isinstance(module, Sparsify))
 
     @property
     def moved(self) -> bool:
-        """Whether the cache's tensors are no longer those of the graph, as beam search replaces them in every step."""
+        """Whether the cache has other tensors than when the graph was made: beam search replaces them in every step."""
         return self.cache().layers[-1].keys is not self.keys
 
     def serves(self, sequences: int) -> bool:
-        """Whether a step of the cache for that many sequences is this one."""
+        """Whether this graph can run the cache's next step, for that many sequences."""
         same = sequences == self.tokens.shape[0] and not self.moved
         return same and all(_has_room(layer) for layer in self.windows)
 
@@ -124,7 +125,7 @@ class DecodeGraph:
         mask: Tensor,
         scaling: float,
     ) -> Tensor:
-        """What an attention module does between its projections."""
+        """The attention of one layer between its projections; see `StepImplementation`."""
         entries = layer.keys, layer.values, self.lengths[0]
         return STEP_IMPLS["triton"].attend(query, key, value, cos, sin, *entries, mask, scaling, self.arrived)
 
@@ -141,7 +142,8 @@ class DecodeGraph:
         return outputs.logits
 
     def _capture(self) -> None:
-        # Kernels are compiled and libraries make their plans in a step that is then taken back.
+        # A first step outside the graph lets kernels compile and libraries choose their algorithms, which must not be
+        # captured. Its effect on the cache is undone.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -154,7 +156,7 @@ class DecodeGraph:
         self.graph = graph
 
     def start(self, position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
-        """Take over behind a prefill: where the next token stands, and which entries of the cache count."""
+        """Begin behind a prefill: set the position of the next token, and which entries of the cache are attended."""
         if self.captured != self._inside():
             self.graph = None
         self.positions.copy_(self.lengths[0] if position_ids is None else position_ids)
@@ -165,7 +167,7 @@ class DecodeGraph:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> CausalLMOutputWithPast:
-        """The step after that for the last token.
+        """The step for `input_ids [B, 1]`; logits `[B, 1, V]`, which the next step overwrites.
 
         Raises:
             ValueError: the cache is full.
@@ -185,7 +187,7 @@ class DecodeGraph:
 
 
 class Decoding:
-    """What one call of `generate` decodes with: the graph's step where it fits, else the forward that was given."""
+    """The decode function of one call of `generate`: the graph where it fits, else the forward that was given."""
 
     def __init__(self, model: nn.Module, forward: Callable) -> None:
         self.model = model
@@ -193,7 +195,7 @@ class Decoding:
         self.graph: DecodeGraph | None = None
 
     def goes_on(self, input_ids: Tensor, cache: object) -> bool:
-        """Whether the graph takes the next step too: it knows all but the token."""
+        """Whether the graph runs the next step too, which then needs nothing but the token."""
         graph = self.graph
         if graph is None or cache is None or graph.cache() is not cache or not self.model.is_prepared:
             return False

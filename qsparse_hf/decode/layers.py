@@ -1,7 +1,7 @@
-"""The modules of a prepared model: each is the class of `modeling/` or of the dense family it was, and reads survivors.
+"""The classes that the modules of a prepared model take on: each derives from the class that the module had before.
 
-A selection hands on its survivors alone where a product that skips zeros comes next. Residual sums come with these
-products.
+For a few tokens, a selection returns its survivors as lists instead of a tensor with zeros, and the projections behind
+it read the weights of these features alone. The products also add the residual, which saves a kernel launch.
 """
 
 import logging
@@ -20,12 +20,12 @@ from .layout import project
 
 
 class Prepared:
-    """A class that an object of a prepared model has taken on; mixed in before the one it had."""
+    """Marks the classes of prepared modules; `unprepared` is the class that `restore` gives back."""
 
     unprepared: ClassVar[type]
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        _, _, *rest = super().__reduce_ex__(protocol)  # would look for the class by its name
+        _, _, *rest = super().__reduce_ex__(protocol)  # pickle finds classes by name, and this one is made at run time
         return _new_prepared, (Prepared.mixin_of(type(self)), self.unprepared), *rest
 
     @staticmethod
@@ -35,7 +35,7 @@ class Prepared:
 
 @cache
 def prepared_class(mixin: type, unprepared: type) -> type:
-    """`unprepared` with `mixin` before it. It keeps the name: FSDP and `device_map` match layers by it."""
+    """A class of `mixin` and `unprepared`. Keeps the dense class name: FSDP and `device_map` match layers by it."""
     names = {"unprepared": unprepared, "__module__": unprepared.__module__, "__qualname__": unprepared.__qualname__}
     return type(unprepared.__name__, (mixin, unprepared), names)
 
@@ -46,10 +46,10 @@ def _new_prepared(mixin: type, unprepared: type) -> object:
 
 
 class PreparedSparsify(Prepared, Sparsify):
-    """A selection that hands on survivors alone where a product that skips zeros comes next."""
+    """A selection that returns `Survivors` for a few tokens, where their product is faster than the dense one."""
 
     few: int = 0
-    """For how many tokens at most."""
+    """The largest number of tokens for which it does; 0 where the projections behind are not laid out."""
 
     def select(self, form: str, *inputs: object) -> Tensor | Survivors:
         compact = self._compacts(inputs[0])
@@ -58,7 +58,7 @@ class PreparedSparsify(Prepared, Sparsify):
     def _compacts(self, x: Tensor) -> bool:
         if self.few == 0 or torch.is_grad_enabled() or self.selection.sparsity == 0:
             return False
-        if torch.is_autocast_enabled(x.device.type):  # it casts what linears read
+        if torch.is_autocast_enabled(x.device.type):  # autocast casts the inputs of linears, and not lists
             return False
         tokens = x.numel() // x.shape[-1]
         if tokens > self.few and x.ndim == 3 and x.shape[1] == 1:
@@ -71,21 +71,21 @@ class PreparedSparsify(Prepared, Sparsify):
 
 
 class PreparedBlock(Prepared, Block):
-    """Projections that read tensors or survivors."""
+    """A block whose projections read tensors or survivors."""
 
     def project(self, x: Tensor | Survivors, *linears: nn.Module, residual: Tensor | None = None) -> tuple[Tensor, ...]:
         return project(x, *linears, residual=residual)
 
 
 class PreparedAttention(PreparedBlock, QSparseAttention):
-    """Attention of a prepared model; in a step that runs as a graph, between the projections one kernel."""
+    """Attention of a prepared model; in a step that runs as a CUDA graph, one kernel between the projections."""
 
     def forward(
         self,
         hidden_states: Tensor | Survivors,  # [B, T, D], sparse
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        residual: Tensor | None = None,  # [B, T, D], is added to the output
+        residual: Tensor | None = None,  # [B, T, D], added to the output
         decode_step: DecodeGraph | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
@@ -121,10 +121,10 @@ class PreparedMLP(PreparedBlock, QSparseMLP):
 
 
 class PreparedDecoderLayer(Prepared, nn.Module):
-    """A decoder layer whose residual sums come with the decode products."""
+    """A decoder layer whose residuals are added by the products of `o_proj` and `down_proj`."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        if self.training:  # a family may drop out between
+        if self.training:  # some families have dropout between product and sum
             return super().forward(hidden_states, **kwargs)
         x = self.input_layernorm(hidden_states)
         hidden_states, _ = self.self_attn(hidden_states=x, residual=hidden_states, **kwargs)

@@ -1,7 +1,7 @@
 """The weights of a prepared model: input-major, so that the row of a feature that did not survive is not read.
 
-That is a matter of strides: `lay_out` gives the parameters of linears such strides, those that read one input side by
-side in one tensor, and `put_back` the usual ones. Names, shapes and values stay, and nothing is kept twice.
+`lay_out` puts the weights of linears that read one input side by side into one input-major tensor and makes their
+parameters views of it; `put_back` gives them the usual strides. Names, shapes and values stay, nothing is kept twice.
 
 Shapes: D features in, N features out.
 """
@@ -18,7 +18,7 @@ from .sparse_linear import sparse_linear
 
 
 class Rows:
-    """The weights of linears that read one input, input-major and side by side: their parameters are views of this."""
+    """Input-major weights, side by side, of linears that read one input: the linears' parameters are views of this."""
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.sizes = [linear.out_features for linear in linears]
@@ -44,14 +44,15 @@ class Rows:
         return [None if each is None else each.data_ptr() for each in parameters]
 
     def are_those_of(self, linears: Sequence[nn.Linear]) -> bool:
-        """Whether the parameters still are views of this: copying a model or assigning a state dict gives it others."""
+        """Whether the parameters still are views of this. Copying a model or assigning a state dict replaces them."""
         return self.places == self._places(linears)
 
 
 def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch has a fast dense product there for a weight of any strides.
+    """Whether PyTorch's dense product is fast on this device for a weight of any strides.
 
-    On CPUs without instructions for it, low precision falls off the fast path: 30 times slower.
+    On a CPU without instructions for bf16 or fp16, a product with an input-major weight in that dtype takes 30 times as
+    long.
     """
     asks = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
     if device.type != "cpu" or asks is None:
@@ -60,17 +61,17 @@ def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class InputMajorLinear(nn.Linear):
-    """A linear whose weight lies input-major; for more tokens than a few, the dense product it always was."""
+    """A linear with an input-major weight. Its forward is the dense product, for prompts and larger batches."""
 
     rows: Rows | None
-    """None once it has a weight or bias of its own, until the next product."""
+    """None after a parameter was replaced; the next product lays the weights out again."""
 
-    def register_parameter(self, name: str, parameter: nn.Parameter | None) -> None:  # assigning one calls it, too
+    def register_parameter(self, name: str, parameter: nn.Parameter | None) -> None:  # `linear.weight = ...` calls it
         super().register_parameter(name, parameter)
         self.rows = None
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"rows": None}  # a copy's parameters are no views
+        return vars(self) | {"rows": None}  # the parameters of a copy are no views of a common tensor
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -88,13 +89,14 @@ class InputMajorLinear(nn.Linear):
 
 
 _PART = 1024
-"""Features out that are widened to fp32 at a time."""
+"""Output features whose weights are cast to fp32 at a time: a bound on the memory that takes."""
 
 
 def few_tokens(sparsity: float, weight: Tensor) -> int:
-    """For how many tokens at most the product of survivors is faster than the dense one: their rows add up.
+    """The largest number of tokens for which the product of survivors is faster than the dense one.
 
-    On a CPU that one has a product over an input-major weight to beat, which takes half as long again as usual.
+    Each token reads rows of its own, so `1 / (1 - sparsity)` tokens read as much as the dense product. On a CPU twice
+    as many: there the dense product over an input-major weight takes one and a half times as long as over the usual.
     """
     if not _is_fast(weight.device, weight.dtype):
         return 16
@@ -103,13 +105,13 @@ def few_tokens(sparsity: float, weight: Tensor) -> int:
 
 @contextmanager
 def _to_train_on() -> Iterator[None]:
-    """Tensors that are made in inference mode could not be trained on afterwards."""
+    """Leave inference mode for a while: parameters made in it could not be trained afterwards."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 def lay_out(*linears: nn.Linear) -> None:
-    """Give linears that read one input an input-major weight, in one tensor; takes the memory of that for a moment."""
+    """Give linears that read one input one input-major weight; needs memory for a second copy of it meanwhile."""
     with _to_train_on():
         rows = Rows(linears)
     for linear in linears:
@@ -129,7 +131,7 @@ def put_back(*linears: nn.Linear) -> None:
 
 
 def _rows_of(linears: Sequence[InputMajorLinear]) -> Rows:
-    """Their common rows; laid out again if they have others now, for which compiled code stops."""
+    """The linears' common weight; laid out again where parameters were replaced, which breaks a compiled graph."""
     rows = linears[0].rows
     known = all(linear.rows is rows is not None for linear in linears)
     if known and (torch.compiler.is_compiling() or rows.are_those_of(linears)):
@@ -144,12 +146,12 @@ def _lay_out_again(*linears: InputMajorLinear) -> None:
 
 
 def project(x: Tensor | Survivors, *linears: nn.Linear, residual: Tensor | None = None) -> tuple[Tensor, ...]:
-    """What each linear makes of `x`, plus the residual where there is one; of survivors in one product.
+    """Each linear's output for `x`, with `residual [..., N]` added where it is given; for survivors in one product.
 
-    Survivors ask for linears that were laid out together.
+    Survivors need linears that `lay_out` was given together.
 
     Raises:
-        RuntimeError: one of them was replaced since, as by an adapter around it.
+        RuntimeError: one of them was replaced since, for example wrapped by a PEFT adapter.
     """
     if isinstance(x, Survivors):
         for linear in linears:

@@ -1,4 +1,4 @@
-"""`prepare_for_decode` and `restore`: the modules of a model take on the classes of `layers.py`, and give them back."""
+"""`prepare_for_decode` and `restore`: a model's modules take on the classes of `layers.py`, and get their own back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ class PreparedModel(Prepared, QSparsePreTrainedModel):
         super().scale_sparsity(factor)
         _count_few_tokens(self)
 
-    def _apply(self, *args, **kwargs) -> Self:  # `.to`, `.half` and their like give each parameter a tensor of its own
+    def _apply(self, *args, **kwargs) -> Self:  # `.to`, `.half` and the like give each parameter a tensor of its own
         with as_restored(self):
             return self._apply(*args, **kwargs)
 
@@ -79,7 +79,7 @@ def prepare(model: QSparsePreTrainedModel) -> None:
 
 def restore(model: QSparsePreTrainedModel) -> None:
     """Undo `prepare`."""
-    for module in model.modules():  # adapters may have come around linears since
+    for module in model.modules():  # not by projection group: adapters may have wrapped linears since
         if isinstance(module, InputMajorLinear):
             put_back(module)
         elif isinstance(module, Prepared):
@@ -90,7 +90,7 @@ def restore(model: QSparsePreTrainedModel) -> None:
 
 @contextmanager
 def as_restored(model: QSparsePreTrainedModel) -> Iterator[None]:
-    """Undone for a while, for what looks at the weights' strides or hooks the projections."""
+    """Restore the model for a while, around code that replaces parameters or depends on their strides."""
     prepared = model.is_prepared
     restore(model)
     try:
@@ -101,7 +101,7 @@ def as_restored(model: QSparsePreTrainedModel) -> Iterator[None]:
 
 
 def projection_groups(model: QSparsePreTrainedModel) -> Iterator[tuple[int, Sparsify, dict[str, nn.Linear]]]:
-    """Each projection group: its layer's number, what selects, and the linears that read what it selected, by name."""
+    """Each projection group: the layer's number, the module that selects, the linears that read from it, by path."""
     for number, layer in enumerate(model.base_model.layers):
         for group in model.config.projection_groups.values():
             linears = {path: layer.get_submodule(path) for path in group.linears}
@@ -116,7 +116,7 @@ def _count_few_tokens(model: QSparsePreTrainedModel) -> None:
 
 
 def obstacle(model: QSparsePreTrainedModel) -> str | None:
-    """What keeps the model from being prepared."""
+    """Why the model cannot be prepared, or None if it can."""
     for number, _, linears in projection_groups(model):
         for name, linear in linears.items():
             where = f"{name} of layer {number}"

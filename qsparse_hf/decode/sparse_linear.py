@@ -1,6 +1,6 @@
-"""The decode product: for a few tokens, the weights of the features that survived a selection, and no others.
+"""The decode product: for a few tokens, reads the weights of the features that survived a selection, and no others.
 
-It wants the weight input-major, so that a feature's weights are one contiguous row: see `layout.py`.
+The weight is input-major, so that the weights of one feature are a contiguous row: see `layout.py`.
 
 Shapes: T tokens, D features in, K of them kept, N features out.
 """
@@ -23,7 +23,7 @@ class SparseLinearImplementation(Protocol):
     """One way to compute the product."""
 
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
-        """Why it does not run on these, or None if it does; `asked` if somebody named it."""
+        """Why it does not run on these, or None if it does; `asked` if the caller named it."""
 
     def product(
         self, values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
@@ -32,7 +32,7 @@ class SparseLinearImplementation(Protocol):
 
 
 class TorchSparseLinear:
-    """The product from PyTorch's parts, around a way to sum weighted rows: `sum_rows(values, indices, weight)`."""
+    """The product from PyTorch's operators, given how to sum weighted rows: `sum_rows(values, indices, weight)`."""
 
     def __init__(self, sum_rows: Callable[..., Tensor]) -> None:
         self.sum_rows = sum_rows
@@ -52,9 +52,9 @@ class TorchSparseLinear:
 
 
 def _sum_of_bags(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """`embedding_bag` is this product: rows by index, with weights, summed in fp32 and rounded to their dtype.
+    """By `embedding_bag`, which sums indexed rows with weights, in fp32, and rounds to their dtype.
 
-    A bag is one thread's work, so a row is cut into as many pieces as there are threads for a token.
+    PyTorch gives a bag to one thread, so a row is cut into as many bags as there are threads for a token.
     """
     tokens, kept = values.shape
     alone = weight.device.type != "cpu" or torch.compiler.is_compiling()
@@ -75,7 +75,7 @@ def _sum_of_bags(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
 
 
 def _sum_as_written(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    """Gathers the rows, `[T, K, N]`: every other way is held against it."""
+    """By gathering the rows, `[T, K, N]`, and one product: the reference that tests compare others with."""
     wide = torch.promote_types(values.dtype, torch.float32)
     return torch.einsum("tk,tkn->tn", values.to(wide), weight[indices.long()].to(wide))
 
@@ -94,10 +94,10 @@ def sparse_linear(
     residual: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """`x @ weight + bias`, then `+ residual`, for an `x` of which only what was kept is given. No gradient.
+    """`x @ weight + bias`, then `+ residual`, for an `x` given as its survivors. No gradient.
 
-    Sums in fp32 or wider, in an order that depends on shapes alone; rounds where a linear and a sum behind it
-    would ("torch" also before it adds a bias).
+    Sums in fp32 or wider, in an order that depends on shapes alone. Rounds where a linear and a sum behind it would,
+    and the backend "torch" also before it adds a bias.
 
     Args:
         kept: values and indices `[..., K]`, as `topk_sparsify(..., compact=True)` returns them. The indices must be

@@ -1,7 +1,7 @@
-"""Kernels: each file is `<operator>_<backend>.py`, and joins the operator's table of implementations here.
+"""Kernels for GPUs (Triton) and CPUs (Numba): files `<operator>_<backend>.py`, put into the operators' tables here.
 
-Triton and Numba are imported when a tensor first comes that a kernel could take: neither importing this package nor
-using it without one costs their time or needs them installed.
+Triton and Numba are imported when a tensor first comes that a kernel could take. Until then importing and using this
+package neither takes their time nor needs them installed.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,8 @@ class Deferred:
     """An implementation whose module is imported when it is first needed.
 
     Attributes:
-        package: that the module needs.
-        device_type: of the tensors that it takes.
+        package: the package that the module needs.
+        device_type: the device type of the tensors that it takes, "cuda" or "cpu".
     """
 
     def __init__(self, package: str, device_type: str, load: Callable[[], object]) -> None:
@@ -32,14 +32,14 @@ class Deferred:
         self._missing: str | None = None
 
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
-        """As the implementation does; also where its package is not installed."""
+        """The implementation's own answer, or that its package is not installed."""
         device = tensors[0].device.type
         if device != self.device_type and not asked:
             return f"its kernels are for {_DEVICES[self.device_type]}, and the input is on {device}"
         return self.missing() or self._loaded.refuses(tensors, asked)
 
     def missing(self) -> str | None:
-        """Why the implementation cannot be had here, or None."""
+        """Why the implementation cannot be imported here, or None if it can."""
         if self._loaded is None and self._missing is None:
             try:
                 self._loaded = self._load()

@@ -1,6 +1,7 @@
-"""One token's attention on a CPU, compiled by Numba: a thread has a head, whose entries it reads once.
+"""Attention for one token on a CPU, compiled by Numba.
 
-Floats come as integers, see `numba_base.py`. B sequences, H heads, L entries of the cache, d head size.
+Arrays hold the bits of floats as integers, see `numba_base.py`. B sequences, H heads, L entries of the KV cache, d head
+size.
 """
 
 import math
@@ -16,9 +17,9 @@ from .numba_base import bits_of, kernel, read, refuses_compiling, threads_for, w
 
 @kernel(parallel=True, fastmath={"contract", "nsz", "reassoc"})
 def _attend(query, keys, values, bias, scaling, y):
-    """One token's `y [B, H, d]`, as `query`; `keys` and `values [B, H, L, d]`; `bias [B, L]`, or an empty one.
+    """Fill `y [B, H, d]` for `query` alike, `keys` and `values [B, H, L, d]`, and `bias [B, L]` or an empty one.
 
-    A thread has a head, whose entries it reads once.
+    Each head is computed by one thread, which reads the head's keys and values once.
     """
     sequences, heads, entries, d = keys.shape
     for work in prange(sequences * heads):
@@ -33,7 +34,7 @@ def _attend(query, keys, values, bias, scaling, y):
                 score += scaled[i] * read(key[i])
             weights[entry] = score + bias[sequence, entry] if bias.size else score
         largest, total = weights.max(), np.float32(0)
-        if largest == -np.inf:  # no entry counts: zeros, as PyTorch's has it
+        if largest == -np.inf:  # all entries are masked: zeros, as from PyTorch's attention
             largest, total = np.float32(0), np.float32(1)
         for entry in range(entries):
             weights[entry] = np.exp(weights[entry] - largest)
@@ -48,7 +49,7 @@ def _attend(query, keys, values, bias, scaling, y):
 
 
 class NumbaAttend:
-    """`attend` of `decode/attention.py`, for heads with keys of their own: groups go to PyTorch's faster product."""
+    """`attend` of `decode/attention.py` without grouped heads: for these PyTorch's attention is faster."""
 
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
         query, keys = tensors[0], tensors[1]

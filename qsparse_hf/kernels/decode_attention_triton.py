@@ -1,9 +1,9 @@
-"""Triton kernel of a decode step's attention: rotary embedding, the static cache's new entry, softmax, sum; in one.
+"""One Triton kernel for a decode step's attention: rotary embedding, static cache's new entry, softmax, weighted sum.
 
-One token a sequence. PyTorch has each part, but as some twenty kernels, and a decode step consists of launches.
+One token a sequence. PyTorch runs some twenty kernels for this, and launches are what a decode step spends its time on.
 
 Shapes: B sequences, H query heads, G of them a key-value head, d head size, L entries of the cache. Of each head the
-first ROTARY features are turned, all d in most families.
+first ROTARY features get the rotary embedding: all d in most families.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ except ImportError as error:
     raise ImportError("the decode attention needs the package triton") from error
 
 _BLOCK = 64
-"""Entries of the cache that a program reads at a time."""
+"""Cache entries that a program reads at a time."""
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def decode_attention_kernel(
     BLOCK: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """A query head over one of SPLITS parts of the cache; the last part to arrive joins them."""
+    """One query head over one of SPLITS parts of the cache; the program that finishes last adds up the parts."""
     sequence, head = tl.program_id(0) // H, tl.program_id(0) % H
     whole = tl.arange(0, d)
     if DEPENDENT:
@@ -89,7 +89,8 @@ def decode_attention_kernel(
     split = tl.program_id(1)
     largest, total, sums = -float("inf"), 0.0, tl.zeros([d], tl.float32)
     if split == 0:
-        # The new entry is not read back: other heads of its group may write it later than this one would read.
+        # The new entry is taken from registers: it is written by one head of the group, perhaps after others would
+        # read it.
         if head % G == 0 and length < L:
             tl.store(keys_ptr + length * d + whole, new_key)
             tl.store(values_ptr + length * d + whole, new_value)
@@ -123,7 +124,7 @@ def decode_attention_kernel(
         tl.store(mine + whole, sums)
         tl.store(mine + d, largest)
         tl.store(mine + d + 1, total)
-        tl.debug_barrier()  # all threads have stored before one of them says so
+        tl.debug_barrier()  # all threads have stored before the counter says so
         if tl.atomic_add(arrived_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLITS - 1:
             tl.store(arrived_ptr + tl.program_id(0), 0)  # as the next launch wants it
             parts = tl.arange(0, SPLITS) * (d + 2)
@@ -137,7 +138,7 @@ def decode_attention_kernel(
 
 
 def splits_of(entries: int) -> int:
-    """In how many parts a cache of that many entries is read, a power of two."""
+    """The number of parts in which a cache of that many entries is read, a power of two."""
     return min(triton.next_power_of_2(triton.cdiv(entries, 256)), 16)
 
 

@@ -1,7 +1,7 @@
-"""What kernels on a CPU share: Numba's compiler, floats as it takes them, and its threads.
+"""What the Numba kernels share: compiling with an on-disk cache, floats as integers of the same bits, and threads.
 
-Floats come as integers of the same bits, which tell the dtype too, as Numba knows no bfloat16: `uint16` for bf16,
-`int16` for fp16, `uint32` for fp32.
+Numba has no bfloat16, so kernels get arrays of integers that hold the floats' bits; the integer's type says which float
+it is: `uint16` for bf16, `int16` for fp16, `uint32` for fp32.
 """
 
 import os
@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 _WORTH_A_THREAD = 1 << 16
-"""From how many multiplications on a second thread is woken."""
+"""Number of multiplications from which on more than one thread is used."""
 
 
 class _CompileCache(FunctionCache):
@@ -28,12 +28,12 @@ class _CompileCache(FunctionCache):
 
     def load_overload(self, sig: tuple, target_context: object) -> object:
         found = super().load_overload(sig, target_context)
-        # Processes that compile for two dtypes at once may give their files one name.
+        # Two processes that compile for two dtypes at the same time may write files of the same name.
         return found if found is None or found.signature.args == tuple(sig) else None
 
     @contextmanager
     def _guard_against_spurious_io_errors(self) -> Iterator[None]:
-        with suppress(Exception):  # a full disk, a file that was cut off, and what unpickling such a file raises
+        with suppress(Exception):  # a full disk, a truncated file, and whatever unpickling such a file raises
             yield
 
 
@@ -42,7 +42,7 @@ def kernel(**options) -> Callable[[Callable], Callable]:
 
     def compiled(function: Callable) -> Callable:
         kernel = njit(nogil=True, error_model="numpy", **options)(function)
-        with suppress(RuntimeError):  # no place to write to, beside this file or with the user's caches
+        with suppress(RuntimeError):  # neither this folder nor the user's cache folder is writable
             kernel._cache = _CompileCache(function)
         return kernel
 
@@ -66,7 +66,7 @@ def read(context, bits):
 
 @intrinsic
 def write(context, x, array):
-    """The bits of an fp32 number rounded, to nearest even, to what the array holds."""
+    """The bits of an fp32 number rounded to nearest even in the array's float type."""
     target = array.dtype
 
     def generate(context, builder, signature, arguments):
@@ -90,24 +90,24 @@ KINDS = {
     torch.float16: (torch.int16, 0x7C00),
     torch.float32: (torch.uint32, 0x7F800000),
 }
-"""By dtype: the integer that stands for it, and infinity's bits."""
+"""For each dtype: the integer type that holds its bits, and the bits of infinity."""
 
 
 class Threads:
-    """Numba's threads, as many as PyTorch has; one caller at a time, as not all of its thread pools bear two."""
+    """Numba's threads, as many as PyTorch uses; one caller at a time, as some of its thread pools crash with two."""
 
     def __init__(self) -> None:
         self.started = self.lost = False
         self.lock = threading.Lock()
 
     def fork(self) -> None:
-        """What a child process has: the lock may have been held, and threads that had been started are not there."""
+        """In a child process after a fork: the lock may have been held, and threads of the parent do not exist."""
         self.lost = self.started
         self.lock = threading.Lock()
 
     @contextmanager
     def __call__(self, steps: int) -> Iterator[None]:
-        """For that many multiplications or the like: few are done before a second thread has woken."""
+        """Threads for about `steps` multiplications: one for few, which are done before a second thread has woken."""
         threads = torch.get_num_threads()
         with self.lock:
             self.started = True
@@ -139,18 +139,18 @@ def refuses(tensors: Sequence[Tensor], asked: bool) -> str | None:
 
 
 def refuses_compiling(tensors: Sequence[Tensor], asked: bool) -> str | None:
-    """As `refuses`, for what is no operator of PyTorch, as that would double its time for few tokens."""
+    """As `refuses`, for kernels that are no PyTorch operators: being one would double their time for few tokens."""
     if torch.compiler.is_compiling():
         return "torch.compile cannot trace its kernels"
     return refuses(tensors, asked)
 
 
 def bits_of(x: Tensor) -> np.ndarray:
-    """`x` as an array of integers with the same bits and shape; of its memory where it is contiguous."""
+    """`x` as an array of integers with the same bits and shape; shares memory where `x` is contiguous."""
     return x.contiguous().view(KINDS[x.dtype][0]).numpy()
 
 
 @cache
 def nothing(integer: torch.dtype, ndim: int) -> np.ndarray:
-    """An array without elements, by which a kernel knows that there is no bias or residual."""
+    """An array without elements: how a kernel is told that there is no bias or residual."""
     return torch.empty((0,) * ndim, dtype=integer, device="cpu").numpy()

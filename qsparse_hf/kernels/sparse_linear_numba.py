@@ -1,6 +1,7 @@
-"""The decode product on a CPU, compiled by Numba: it reads the kept rows as fast as memory gives them.
+"""The decode product on a CPU, compiled by Numba: reads the kept rows of the weight at the speed of memory.
 
-Floats come as integers, see `numba_base.py`. T tokens, D features in, K of them kept, N features out.
+Arrays hold the bits of floats as integers, see `numba_base.py`. T tokens, D features in, K of them kept, N features
+out.
 """
 
 import math
@@ -18,14 +19,14 @@ from .numba_base import KINDS, bits_of, kernel, nothing, read, refuses_compiling
 _LINE = 32
 """Values of 16 bits in a cache line."""
 _PARTS = 8
-"""In how many parts the kept rows are summed."""
+"""Number of parts in which the kept rows are summed, whatever the number of threads."""
 _PIECE = 1024
-"""Features out that are finished together."""
+"""Output features that one thread finishes together."""
 
 
 @intrinsic
 def _prefetch(context, array, at):
-    """Ask for the cache line of an element of a contiguous array."""
+    """Prefetch the cache line of an element of a contiguous array."""
 
     def generate(context, builder, signature, arguments):
         data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -41,11 +42,11 @@ def _prefetch(context, array, at):
 
 @kernel(parallel=True, fastmath={"contract", "nsz"})
 def _multiply(values, indices, weight, bias, residual, y):
-    """`y [T, N] = values @ weight[indices] + bias + residual`; an empty one of these is none.
+    """`y [T, N] = values @ weight[indices] + bias + residual`; an empty bias or residual is none.
 
-    Parts of the kept rows are summed beside each other, in fp32, and then their sums, as many for any number of
-    threads. Four rows at a time are four streams from memory, and their sums are loaded and stored once. Where the
-    next four begin is asked for early; from there on the processor sees the streams by itself.
+    `_PARTS` parts of the kept rows are summed in parallel, in fp32, and then added up, in the same order for any number
+    of threads. Four rows are read at a time: four streams from memory for one load and store of the sums. The
+    beginnings of the next four rows are prefetched; the rest of a row the processor prefetches by itself.
     """
     tokens, kept = values.shape
     features = weight.shape[1]

@@ -1,7 +1,7 @@
-"""Triton kernel of the decode product: the weight's rows of the features that survived, and no others.
+"""Triton kernel of the decode product: reads the weight's rows of the features that survived, and no others.
 
-Shapes: T tokens, D features in, K of them kept, N features out. The weight is input-major, `[D, N]`: a feature that is
-not kept is a contiguous row that is not read.
+Shapes: T tokens, D features in, K of them kept, N features out. The weight is input-major, `[D, N]`: the weights of a
+feature are one contiguous row.
 """
 
 import math
@@ -24,7 +24,7 @@ except ImportError as error:
 
 @triton.jit
 def _listed(values_ptr, indices_ptr, places, padded):
-    """Values and rows at these places of a list, padding and all: a vector that a mask splits comes value by value."""
+    """Values and rows at these places of a list. Padding is loaded too: a mask inside a vector would split its load."""
     inside = places < padded
     return tl.load(values_ptr + places, mask=inside, other=0.0), tl.load(indices_ptr + places, mask=inside, other=0)
 
@@ -46,9 +46,9 @@ def sparse_linear_kernel(
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One token, COLUMNS features out, all kept features in, ROWS at a time.
+    """COLUMNS output features of one token, summed over all kept features, ROWS of them at a time.
 
-    A program sees its sums through, so that their order, and with it the result, is always the same.
+    A sum is computed by one program from beginning to end, so that its order and result are always the same.
     """
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     token = tl.program_id(1)
@@ -59,13 +59,13 @@ def sparse_linear_kernel(
     values_ptr += token * list_stride
     indices_ptr += token * list_stride
     padded = tl.cdiv(K, LIST_UNIT) * LIST_UNIT
-    # A thread reads 16 bytes of a row; the rows of a thread are LANES apart, and it adds these up as they come.
+    # A thread reads 16 bytes of every LANES-th row, and sums these as they arrive.
     sums = tl.zeros([LANES, COLUMNS], tl.float32)
     places = tl.arange(0, ROWS)
     if STAGES == 1:
         value, row = _listed(values_ptr, indices_ptr, places, padded)
     for first in tl.range(0, K, ROWS, num_stages=STAGES):
-        if STAGES > 1:  # the compiler asks for lists as far ahead as for rows
+        if STAGES > 1:  # the compiler loads lists as many stages ahead as rows
             value, row = _listed(values_ptr, indices_ptr, first + places, padded)
         kept = first + places < K
         weight = tl.load(
@@ -74,7 +74,7 @@ def sparse_linear_kernel(
             other=0.0,
             eviction_policy="evict_first",
         )
-        if STAGES == 1:  # the list's next part comes while these rows do
+        if STAGES == 1:  # load the list's next part while these rows are loading
             next_value, next_row = _listed(values_ptr, indices_ptr, first + ROWS + places, padded)
         weighted = tl.where(kept, value, 0.0).to(tl.float32)[:, None] * weight.to(tl.float32)
         sums += tl.sum(tl.reshape(weighted, [ROWS // LANES, LANES, COLUMNS]), axis=0)
@@ -100,9 +100,10 @@ class ProductTile:
 
     @classmethod
     def of(cls, kept: int, features: int, element_size: int) -> "ProductTile":
-        """For that many features kept, and out: about as many programs as a large GPU has multiprocessors, or more.
+        """The tile for that many kept and output features: at least about one program for each multiprocessor.
 
-        Together their loads under way have to fill the memory's pipeline; few programs with long lists load ahead.
+        All programs' outstanding loads together have to fill the memory pipeline, so where there are few programs with
+        long lists, each loads three stages ahead.
         """
         rows = 1024 // element_size
         if features <= 2048:
@@ -122,7 +123,7 @@ def launch_sparse_linear(
 ) -> Tensor:
     """Run the kernel: `values`, `indices [..., K]`, `weight [D, N]`, `bias [N]`, `residual [..., N]` to `[..., N]`.
 
-    The lists are as `new_lists` makes them: their padding is read.
+    Values and indices are laid out as by `new_lists`: their padding is read.
     """
     kept, features = values.shape[-1], weight.shape[1]
     y = values.new_empty(*values.shape[:-1], features)

@@ -1,9 +1,10 @@
-"""The operator and its survivors on a CPU, compiled by Numba.
+"""The top-K operator and its survivors on a CPU, compiled by Numba.
 
-The selection finds the K-th magnitude bit by bit, counting as many at once as a register holds. PyTorch's own operators
-do that too, with some fifty microseconds of their own each time.
+The selection finds the K-th largest magnitude bit by bit, counting as many values at once as a vector register holds.
+Made of PyTorch operators, the same takes some fifty microseconds more for the calls alone.
 
-Floats come as integers, see `numba_base.py`. T tokens, D features, M of a block, K of them kept.
+Arrays hold the bits of floats as integers, see `numba_base.py`. T tokens, D features, M features of a block, K of them
+kept.
 """
 
 from collections.abc import Sequence
@@ -18,11 +19,11 @@ from ..modeling.sparsity import Selection
 from .numba_base import KINDS, bits_of, kernel, read, refuses, refuses_compiling, threads_for, write
 
 _TOGETHER = 8
-"""Blocks that one thread masks in a row."""
+"""Blocks that a thread masks one after the other."""
 _SMALL = 16
-"""Up to how many features a block's are ranked one against all."""
+"""Largest block whose features are ranked by comparing each with all others."""
 _COUNTED = 1 << 14
-"""Magnitudes whose number 15 bits can hold."""
+"""Magnitudes that are counted in one go: their number fits into 15 bits."""
 
 
 @kernel(fastmath={"contract", "nsz", "reassoc"})
@@ -44,7 +45,7 @@ def _normalise(x, gain, eps, unit_offset, y):
 
 @kernel()
 def _count_from(magnitudes, least):
-    """How many are that large. Counts as wide as the magnitudes fill a vector register, and are added in time."""
+    """How many are at least `least`. Counters as wide as the magnitudes vectorise; each counts too few to overflow."""
     integer, count = magnitudes.dtype.type, 0
     for start in range(0, magnitudes.size, _COUNTED):
         part, few = magnitudes[start : start + _COUNTED], integer(0)
@@ -56,7 +57,7 @@ def _count_from(magnitudes, least):
 
 @kernel()
 def _find_least(magnitudes, keep):
-    """From which on there are `keep`, or more if some are equal, and how many: bit by bit, or by ranks if few."""
+    """The `keep`-th largest magnitude, and how many are at least that large (more than `keep` where some are equal)."""
     integer = magnitudes.dtype.type
     least, found = integer(0), magnitudes.size
     if magnitudes.size <= _SMALL:
@@ -79,9 +80,10 @@ def _find_least(magnitudes, keep):
 
 @kernel()
 def _mark(bits, infinity, keep, magnitudes):
-    """Fill in the magnitudes of a block, and return from which on they are those of its `keep` largest.
+    """Fill in the magnitudes of a block, and return the threshold: those of at least that survive, exactly `keep`.
 
-    One is added to each, so that 0 says of those that equal the last to be kept, and come after it, that they go.
+    Magnitudes are increased by one, so that 0 is free to mark the last of those that equal the threshold, which do not
+    survive.
     """
     integer = bits.dtype.type
     mask, nan = integer((1 << (8 * bits.itemsize - 1)) - 1), integer(infinity + 1)  # NaN is largest
@@ -99,7 +101,7 @@ def _mark(bits, infinity, keep, magnitudes):
 
 @kernel()
 def _fill_lists(bits, infinity, block, keep, values, indices):
-    """The survivors' bits and places `[T, K]`, by index."""
+    """Fill in the survivors' bits and indices, both `[T, K]`, in the order of the indices."""
     tokens, features = bits.shape
     magnitudes = np.empty(block, bits.dtype)
     for token in range(tokens):
@@ -107,7 +109,7 @@ def _fill_lists(bits, infinity, block, keep, values, indices):
         for start in range(0, features, block):
             least = _mark(bits[token, start : start + block], infinity, keep, magnitudes)
             end, i = place + keep, 0
-            while place < end:  # each is written, and the next one over it if it does not survive: nothing to predict
+            while place < end:  # each is written, and overwritten by the next unless it survives: no branch to predict
                 values[token, place], indices[token, place] = bits[token, start + i], start + i
                 place += np.int64(magnitudes[i] >= least)
                 i += 1
@@ -115,7 +117,7 @@ def _fill_lists(bits, infinity, block, keep, values, indices):
 
 @kernel(parallel=True)
 def _fill_mask(bits, infinity, keep, mask):
-    """Which survive of each block, `[blocks, M]`."""
+    """Fill in `mask [blocks, M]`: which features of each block survive."""
     blocks, block = bits.shape
     for chunk in prange((blocks + _TOGETHER - 1) // _TOGETHER):
         magnitudes = np.empty(block, bits.dtype)
@@ -127,7 +129,7 @@ def _fill_mask(bits, infinity, keep, mask):
 
 @torch.library.custom_op("qsparse::mask_by_counts", mutates_args=())
 def mask_by_counts(x: Tensor, kept: int) -> Tensor:
-    """Which of the last dimension survive the top-K, of the shape of `x [..., M]`."""
+    """Which entries of the last dimension survive a top-`kept`, bool, of the shape of `x [..., M]`."""
     mask = x.new_empty(x.shape, dtype=torch.bool)
     if x.numel():
         with threads_for(8 * x.numel()):
@@ -147,7 +149,7 @@ def _(info, in_dims, x, kept):
 
 
 class NumbaSparsify(TorchSparsify):
-    """The operator with this way to select; inside compiled code too."""
+    """The operator with this selection; under `torch.compile` too."""
 
     def __init__(self) -> None:
         super().__init__(mask_by_counts)
@@ -157,7 +159,7 @@ class NumbaSparsify(TorchSparsify):
 
 
 class NumbaSurvivors:
-    """Survivors by index, behind a norm that is a kernel too."""
+    """Survivors in the order of their indices; an RMSNorm before the selection is computed by a kernel as well."""
 
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
         return refuses_compiling(tensors, asked)

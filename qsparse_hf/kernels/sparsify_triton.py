@@ -1,4 +1,4 @@
-"""Fused Triton kernels of the top-K operator: select, and compute what is selected from, in one pass over the tensor.
+"""Triton kernels of the top-K operator, fused with what produces its input: one pass over the tensor.
 
 The selection is a radix search over bit planes. A word stands for 32 features: their bits are transposed, so that one
 word holds the highest magnitude bit of all 32, the next word the second, and so on. Counting the candidates that have a
@@ -54,7 +54,7 @@ def _transpose_bits(words, SIZE: tl.constexpr):
 
 @triton.jit
 def _join(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT tensors of a tuple, from FIRST on, with an axis more for each bit of their number, the lowest bit first."""
+    """COUNT tensors of a tuple, from FIRST on, joined along new axes: one a bit of their number, the lowest first."""
     if COUNT == 1:
         return parts[FIRST]
     else:
@@ -118,7 +118,7 @@ def _survivors(matrix, kept, DTYPE: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _narrow(candidates, kept, wanted, plane, count):
-    """One step of the radix search: the next candidates, either those with this bit or those without it."""
+    """One step of the radix search: the next candidates are either those with this bit or those without it."""
     few = (count - wanted) >> 31  # all ones where those with the bit are too few: then all of them are kept
     bits = few.to(tl.uint32, bitcast=True)
     kept = kept | (candidates & plane & bits)
@@ -127,14 +127,14 @@ def _narrow(candidates, kept, wanted, plane, count):
 
 @triton.jit
 def _order(STEP: tl.constexpr):
-    """The bits of a word whose features' numbers have a zero at their highest bit, the next, and so on."""
+    """The bits of a word whose features have an index with a zero at the STEP-th bit from the top."""
     ORDER: tl.constexpr = (0x00FF00FF, 0x0F0F0F0F, 0x33333333, 0x55555555, 0x0000FFFF)
     return ORDER[STEP]
 
 
 @triton.jit
 def _count(x):
-    """Set bits of each unit's words; of a single unit as a scalar, which goes with any layout."""
+    """Set bits in each unit's words; for a single unit as a scalar, which broadcasts to any layout."""
     count = _popcount(x)
     if x.shape[0] * x.shape[2] == 1:
         return tl.sum(tl.reshape(count, [x.shape[1]]))
@@ -144,7 +144,7 @@ def _count(x):
 
 @triton.jit
 def _narrow_by_two(candidates, kept, wanted, first, second):
-    """Two steps of a single unit with one reduction: the counts that the second may need go along with the first's."""
+    """Two steps for a single unit with one reduction, which includes both counts that the second step may need."""
     one = candidates & first
     # Two counts below 65536 share an integer; the upper one may reach its sign. A plain shift would hide from the
     # compiler that these count bits.
@@ -161,7 +161,7 @@ def _narrow_by_two(candidates, kept, wanted, first, second):
 def _select(planes, valid, keep, MANTISSA: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr):
     """The `keep` largest of each unit as words of bits, `[units, words, fields]` like `valid`; all if it has fewer.
 
-    Also how many are in a unit's words before each, of the same shape. BITS of the order are decided by one count.
+    Also returns, in the same shape, how many survivors the unit's earlier words have. Each count decides BITS bits.
     """
     SHAPE: tl.constexpr = [valid.shape[0], valid.shape[1], 1]
     MAGNITUDE: tl.constexpr = len(planes) - 1
@@ -207,14 +207,14 @@ def _select(planes, valid, keep, MANTISSA: tl.constexpr, C: tl.constexpr, BITS: 
 
 @triton.jit
 def _places(j: tl.constexpr, C: tl.constexpr):
-    """Where the features of chunk `j` stand in a plane's word, `[1, C]`."""
+    """The bits that stand for the features of chunk `j` in a plane's word, `[1, C]`."""
     k = C * j + tl.arange(0, C)
     return (k // 2 + 16 * (k % 2)).to(tl.uint32)[None, :]
 
 
 @triton.jit
 def _token_sum(x, TOKENS: tl.constexpr):
-    """`[W]` summed over each token's words, and handed back to all of them."""
+    """`[W]` summed over each token's words, and broadcast to all of them."""
     W: tl.constexpr = x.shape[0]
     total = tl.sum(tl.reshape(x, [TOKENS, W // TOKENS]), axis=1, keep_dims=True)
     return tl.reshape(tl.broadcast_to(total, [TOKENS, W // TOKENS]), [W])
@@ -222,7 +222,7 @@ def _token_sum(x, TOKENS: tl.constexpr):
 
 @triton.jit
 def _token_max(x, TOKENS: tl.constexpr):
-    """As `_token_sum`, the largest."""
+    """As `_token_sum`, with the maximum for the sum."""
     W: tl.constexpr = x.shape[0]
     largest = tl.max(tl.reshape(x, [TOKENS, W // TOKENS]), axis=1, keep_dims=True)
     return tl.reshape(tl.broadcast_to(largest, [TOKENS, W // TOKENS]), [W])
@@ -248,7 +248,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
         return x * gate, gate + x * gate * (1 - gate) * 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
 
 
-@triton.jit(do_not_specialize=["tokens", "keep"])  # prompts of other lengths compile nothing
+@triton.jit(do_not_specialize=["tokens", "keep"])  # prompts of other lengths do not compile again
 def sparsify_kernel(
     x_ptr,
     other_ptr,
@@ -482,7 +482,7 @@ NORMS = {False: "rms_norm", True: "unit_offset_rms_norm"}
 """Producers that are norms, by whether the gain is `1 + weight`."""
 
 LIST_UNIT = tl.constexpr(16)
-"""Survivors' lists have room for a multiple of this: what reads them reads whole vectors."""
+"""Survivors' lists are padded to a multiple of this, so that whole vectors can be read from them."""
 
 
 def padded_length(kept: int) -> int:
@@ -490,41 +490,41 @@ def padded_length(kept: int) -> int:
 
 
 def new_lists(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Values and indices of survivors to be, `[..., K]` each, on `x`'s device, in rows of a padded length."""
+    """Empty lists for values and indices of survivors, `[..., K]` each, on `x`'s device, with padded rows."""
     room = *shape[:-1], padded_length(shape[-1])
     return tuple(x.new_empty(room, dtype=each)[..., : shape[-1]] for each in (dtype, torch.int32))
 
 
 def is_padded(part: Tensor) -> bool:
-    """Whether `[..., K]` lies as `new_lists` lays it out."""
+    """Whether `part [..., K]` has padded rows, as from `new_lists`."""
     room = *part.shape[:-1], padded_length(part.shape[-1])
     whole = part.untyped_storage().nbytes() // part.element_size() - part.storage_offset() >= math.prod(room)
     return whole and part.stride() == torch.empty(room, device="meta").stride()
 
 
 INTERPRETED = not isinstance(sparsify_kernel, triton.JITFunction)
-"""Whether the kernels were made under TRITON_INTERPRET=1, to run on a CPU."""
+"""Whether the kernels were imported under TRITON_INTERPRET=1, and so run on a CPU."""
 
 
 def launch_options(x: Tensor) -> dict[str, bool]:
-    """Of the kernels of a decode step, each of which is over in microseconds: launch while the one before ends.
+    """Options of a decode step's kernels: on Hopper and newer, launch while the kernel before is still running.
 
-    Such a kernel waits for the one before with `gdc_wait` ahead of its first access to memory (Hopper's programmatic
-    dependent launch).
+    These kernels take microseconds, so launch latency counts. A kernel waits with `gdc_wait`, ahead of its first access
+    to memory, for the one before (programmatic dependent launch).
     """
     supported = x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) >= (9, 0)
     return {"launch_pdl": True} if supported else {}
 
 
 def whole_row(features: int) -> dict[str, int]:
-    """Arguments of a backward kernel whose program holds a row of fp32 values: 16 a thread."""
+    """Launch arguments of a backward kernel whose program holds a row of fp32 values, 16 of them a thread."""
     block = triton.next_power_of_2(features)
     return {"D": features, "BLOCK": block, "num_warps": min(max(block // 512, 1), 32)}
 
 
 @dataclass(frozen=True)
 class SparsifyTile:
-    """What one program works on: `tokens` x `units` x `words` of 32 features; `fields` blocks share a word."""
+    """What one program works on: `tokens` x `units` x `words` of 32 features each; `fields` blocks share a word."""
 
     features: int  # of a token, or of a unit where tokens need not be told apart
     unit: int
@@ -540,7 +540,7 @@ class SparsifyTile:
     def of(
         cls, features: int, block_size: int | None, whole_tokens: bool, value_bits: int, few: bool = False
     ) -> "SparsifyTile":
-        """For a tensor that fills the GPU, or for `few` tokens, of which each is to be done soon."""
+        """The tile for a tensor that fills the GPU, or for `few` tokens, where the latency of each counts."""
         unit = block_size or features
         fields = 1
         if block_size in (2, 4, 8, 16):
@@ -550,7 +550,7 @@ class SparsifyTile:
         units = triton.next_power_of_2(triton.cdiv(features, unit))
         words = triton.next_power_of_2(triton.cdiv(unit, 32))
         tokens = 1 if units * words >= 64 else 128 // (units * words)
-        # A warp takes a unit alone while its registers hold it; else four share it, or two where that pads it less.
+        # One warp takes a unit while its registers hold it; else four share it, or two where that needs less padding.
         words_a_thread = min(max(words // 32, 1), 64 // value_bits)
         if words > 32 * words_a_thread:
             sharing = 2 if words == 256 and unit <= 32 * 192 else 4
@@ -562,14 +562,16 @@ class SparsifyTile:
 
     @property
     def bits_per_count(self) -> int:
-        """How many bits of the order a count decides: two where it has warps wait for each other.
+        """How many bits of the order one count decides: two where a count makes warps wait for each other.
 
-        The counts share an integer, which 65536 features would overflow.
+        The two counts share an integer, which 65536 features would overflow.
         """
         return 2 if self.tokens * self.units == 1 and self.warps > 1 and self.words < 2048 else 1
 
     def registers(self, producer: str) -> int | None:
-        """A cap for a 16-bit row, where one more program fits with it and little spills; exact GELU would spill."""
+        """A cap on registers for rows of 16-bit values, where one more program then fits on a multiprocessor and little
+        spills; None for no cap. Exact GELU would spill.
+        """
         if self.few or self.tokens * self.units > 1 or self.value_bits > 16 or self.warps > 4 or producer == "gelu":
             return None
         words_a_thread = triton.cdiv(triton.cdiv(self.unit, 32), 32 * self.warps)
@@ -589,7 +591,7 @@ def launch_sparsify(
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel over `x [..., D]` into `y`; returns `rstd` and `norm`, fp32 `[...]`, empty where not computed.
 
-    With `survivors`, lists `[..., K]` of `new_lists`, it fills these, for few tokens, and `y` with nothing of use.
+    `survivors`, lists `[..., K]` from `new_lists`, are filled in where given, for few tokens; `y` is then scratch.
     """
     compact = survivors is not None
     features = x.shape[-1]

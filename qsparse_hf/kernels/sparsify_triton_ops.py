@@ -1,4 +1,4 @@
-"""The kernels of `sparsify_triton` as PyTorch operators: custom ops with shapes for the compiler and with gradients."""
+"""The kernels of `sparsify_triton` as custom operators of PyTorch, with fake implementations and gradients."""
 
 from collections.abc import Sequence
 
@@ -96,7 +96,7 @@ def _rms_norm_backward(
     x = x.contiguous()
     features = x.shape[-1]
     tokens = x.numel() // features
-    # A few programs for each multiprocessor walk over all tokens: few partial sums, and enough loads under way.
+    # A few programs for each multiprocessor loop over the tokens: few partial sums, and enough loads outstanding.
     programs = 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
     programs = min(programs, tokens)
     grad_x = torch.empty_like(x)
@@ -178,8 +178,8 @@ def _(grad, gate, up, activation):
     return torch.empty_like(gate, memory_format=contiguous), torch.empty_like(up, memory_format=contiguous)
 
 
-# The straight-through estimator lets gradients pass the selection as if it were not there, so backward needs nothing of
-# it; a rescale needs its output, which the projection behind it saves anyway.
+# The straight-through estimator passes gradients on as if nothing had been selected, so backward needs nothing of the
+# selection. A rescale needs its output, which the projection behind it saves anyway.
 
 
 def _save_topk(ctx, inputs, output):
@@ -223,7 +223,7 @@ _glu_topk.register_autograd(_glu_topk_backward, setup_context=_save_glu_topk)
 
 
 def refuses(tensors: Sequence[Tensor], asked: bool) -> str | None:
-    """Why no Triton kernel of ours runs on these, or None; `asked` if somebody named it."""
+    """Why this package's Triton kernels do not run on these, or None if they do; `asked` if the caller named them."""
     for each in tensors:
         if each.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             return f"its kernels take bf16, fp16 and fp32, and got {each.dtype}"
