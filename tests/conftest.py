@@ -82,6 +82,9 @@ FAMILIES = {
 }
 
 
+DISTINCT = ("llama", "phi3", "gemma3_text")
+"""Families that between them run all code that any family runs: for what takes long."""
+
 # What a family offers besides, which tiny models leave at its default.
 ROPE = {
     "linear": {"factor": 2.0},
@@ -109,6 +112,7 @@ OPTIONS = {
     "qwen3 attention_bias": {"attention_bias": True},
     "qwen3 without windows": {"use_sliding_window": False},
     "phi3 without windows": {"sliding_window": None, "partial_rotary_factor": 1.0},
+    "phi3 activation": {"hidden_act": "gelu", "rms_norm_eps": 1e-2},
     "phi3 longrope": {
         "sliding_window": None,
         "original_max_position_embeddings": 16,
@@ -118,6 +122,8 @@ OPTIONS = {
     "gemma3_text attention_bias": {"attention_bias": True},
     "gemma3_text uncapped": {"final_logit_softcapping": None, "tie_word_embeddings": False},
     "gemma3_text attention cap": {"attn_logit_softcapping": 5.0},  # Transformers ignores it
+    "gemma3_text activation": {"hidden_activation": "silu", "rms_norm_eps": 1e-2},
+    "gemma3_text heads of 256": {"head_dim": 256, "query_pre_attn_scalar": 256},
     "gemma3_text rope": {
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},

@@ -316,7 +316,7 @@ def replays(monkeypatch) -> list[DecodeGraph]:
         monkeypatch.setattr(module, "has_graphs", lambda device: True)
     monkeypatch.setattr(graph, "runs", lambda *arguments: True)
     monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", lambda self, kwargs, config: self.is_prepared
-                        and isinstance(kwargs.get("past_key_values"), StaticCache))  # fmt: skip
+                        and isinstance(kwargs.get(CACHE), StaticCache))  # fmt: skip
     return captured
 
 

@@ -78,7 +78,7 @@ class PreparedGeneration(QSparseForCausalLM):
             and not generation_config.prefill_chunk_size
             and not torch.is_autocast_enabled(self.device.type)
             # Phi-3's own `prepare_inputs_for_generation` drops a cache where it grows past this.
-            and max_cache_length < getattr(self.config, "original_max_position_embeddings", math.inf)
+            and max_cache_length <= getattr(self.config, "original_max_position_embeddings", math.inf)
         )
         if not ours:
             return super()._prepare_cache_for_generation(

@@ -22,7 +22,7 @@ except ImportError as error:
     raise ImportError("the decode attention needs the package triton") from error
 
 _BLOCK = 64
-"""Cache entries that a program reads at a time."""
+"""The most cache entries that a program reads at a time: its registers hold those of heads of 128."""
 
 
 @triton.jit
@@ -187,7 +187,7 @@ def decode_attention(
             d=d,
             ROTARY=cos.shape[-1],
             SPLITS=splits,
-            BLOCK=_BLOCK,
+            BLOCK=min(_BLOCK, 128 * _BLOCK // d),
             DEPENDENT=bool(options),
             num_warps=4,
             **options,
