@@ -17,10 +17,10 @@ ORDER = [
     {"kernels"},
     {"registration"},
     {"__init__"},
-    {"checkpoint", "measure", "report", "training.schedule", "training.distillation", "training.throughput"}
+    {"checkpoint", "measure", "report", "training.arguments", "training.distillation", "training.throughput"}
     | {"training.sources", "training.sharding"},
-    {"conversion", "training.data", "training.faults", "training.training_report"},
-    {"bench", "training.streaming"},
+    {"conversion", "training.data", "training.faults", "training.schedule", "training.training_report"},
+    {"bench", "training.chat", "training.streaming"},
     {"training.trainer"},
     {"training.__init__", "training.sft"},
     {"training.recipe"},

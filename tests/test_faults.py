@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, make, sparse_config
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qsparse_hf.cli import main
 from qsparse_hf.errors import UserError
+from qsparse_hf.training import QSparseTrainer, QSparseTrainingArguments
 from qsparse_hf.training.faults import COMPLETE, complete_checkpoints, whole_checkpoint
 from qsparse_hf.training.run import train
 from qsparse_hf.training.training_report import REPORT
@@ -179,10 +181,24 @@ def test_a_loss_that_is_not_finite_names_update_and_batch(run_config, tmp_path, 
     assert complete_checkpoints(out) == []
 
 
+def test_embeddings_of_a_loss_that_is_not_finite_are_kept(tmp_path):
+    rows = [
+        {"inputs_embeds": [[0.5] * 64] * 6, "labels": [7] * 6},
+        {"inputs_embeds": [[torch.inf] * 64] * 6, "labels": [7] * 6},
+    ]
+    arguments = QSparseTrainingArguments(
+        tmp_path, use_cpu=True, per_device_train_batch_size=2, report_to="none", max_steps=1
+    )
+    trainer = QSparseTrainer(make(sparse_config("llama")), arguments, train_dataset=Dataset.from_list(rows))
+    with pytest.raises(UserError, match="the loss is not finite at update 1, micro-batch 0 of process 0"):
+        trainer.train()
+    kept = load_file(tmp_path / "not-finite-update-1-process-0.safetensors")["inputs_embeds"]
+    assert sorted(kept[:, 0, 0].tolist()) == [0.5, torch.inf]
+    assert kept.shape == (2, 6, 64)
+
+
 def test_weights_that_are_not_finite_are_not_saved(run_config, tmp_path, monkeypatch):
     """The loss was fine, the update after it was not: the checkpoint before it stays the last."""
-    from qsparse_hf.training.trainer import QSparseTrainer
-
     plain = QSparseTrainer._save_checkpoint
 
     def poisoned(self, model, trial):

@@ -596,8 +596,9 @@ def test_exports_as_dense_llama_does(sparsity, gradients, tokens):
 
 
 @pytest.mark.parametrize(("sparsity", "gradients", "recomputed"), [(0.5, True, 2), (0.5, False, 0), (0, True, 0)])
-def test_compiled_training_selects_again_for_backward(sparsity, gradients, recomputed, tokens):
-    """In each layer, what the attention's output keeps; on a GPU `test_gpu.py` measures the memory that saves."""
+def test_compiled_training_selects_again_for_backward(sparsity, gradients, recomputed, tokens, monkeypatch):
+    """In each layer, from the attention's output; on a GPU `test_gpu.py` measures the memory that saves."""
+    pytest.importorskip("triton")
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
@@ -605,7 +606,9 @@ def test_compiled_training_selects_again_for_backward(sparsity, gradients, recom
         return graph
 
     torch._dynamo.reset()
-    model = torch.compile(make(sparse_config("llama", sparsity=sparsity)), backend=backend)
+    monkeypatch.setattr(IMPLS["triton"], "refuses", lambda tensors, asked: None)
+    monkeypatch.setattr(sparsify, "IMPLS", {"triton": IMPLS["triton"]})
+    model = torch.compile(make(sparse_config("llama", sparsity=sparsity)), backend=backend, fullgraph=True)
     with torch.set_grad_enabled(gradients):
         model(tokens, use_cache=False)
     operations = [str(node.target) for graph in graphs for node in graph.graph.nodes]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -11,22 +12,38 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import REPOSITORY, TINY, assert_close, dense_config, make, sparse_config
+from accelerate.utils.memory import release_memory
+from conftest import REPOSITORY, TINY, assert_close, dense_config, make, run_python, sparse_config
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, HfArgumentParser, MixtralConfig, MixtralForCausalLM, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    HfArgumentParser,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS, HyperParamSearchBackendBase
+from transformers.trainer_utils import HPSearchBackend
 
 from qsparse_hf import quickstart
 from qsparse_hf.cli import main
 from qsparse_hf.errors import UserError
 from qsparse_hf.modeling.configuration_qsparse import GROUPS
+from qsparse_hf.report import count_parameters
 from qsparse_hf.training import QSparseTrainer, QSparseTrainingArguments
+from qsparse_hf.training.data import DataArguments, collate_packed
 from qsparse_hf.training.distillation import forward_kl
+from qsparse_hf.training.faults import checkpoint_facts
 from qsparse_hf.training.recipe import parse
 from qsparse_hf.training.run import train
 from qsparse_hf.training.schedule import sparsity_factor
-from qsparse_hf.training.throughput import peak_flops, training_flops_per_token
+from qsparse_hf.training.streaming import PackedStream
+from qsparse_hf.training.throughput import count_tokens, peak_flops, training_flops_per_token
 
 STEPS = 8
 
@@ -105,9 +122,9 @@ def test_from_scratch_under_launchers(run_config, tiny_checkpoint, tmp_path, lau
     values |= {"config": str(tmp_path / "model.json"), "tokenizer": str(tiny_checkpoint), "max_steps": 6}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     launch, processes = LAUNCHERS[launcher]
-    fields = "model_fields={sparsity: 0.25}"
+    fields = ["model_fields={sparsity: 0.25}", "include_num_input_tokens_seen=true"]
     done = subprocess.run(
-        [sys.executable, *launch, "scripts/train.py", tmp_path / "run.yaml", f"output_dir={tmp_path / 'out'}", fields],
+        [sys.executable, *launch, "scripts/train.py", tmp_path / "run.yaml", f"output_dir={tmp_path / 'out'}", *fields],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -118,6 +135,254 @@ def test_from_scratch_under_launchers(run_config, tiny_checkpoint, tmp_path, lau
     assert (model.config.model_type, model.config.hidden_act, model.config.sparsity) == ("qsparse_qwen2", "relu2", 0.25)
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["epoch"] == pytest.approx(6 * 4 * processes / 197, rel=0.05)  # 197 packed rows, 4 a process
+    assert state["num_input_tokens_seen"] == 6 * 4 * processes * 64
+
+
+ROWS = [
+    {"input_ids": [5 + i % 90] * 10, "attention_mask": [1] * 7 + [0] * 3, "labels": [5 + i % 90] * 7 + [-100] * 3}
+    for i in range(16)
+]
+
+
+def small_run(folder: Path, **options) -> QSparseTrainingArguments:
+    """4 updates of 2 rows on a CPU that log every time; `options` win."""
+    defaults = {"max_steps": 4, "per_device_train_batch_size": 2, "logging_steps": 1, "use_cpu": True}
+    return QSparseTrainingArguments(folder, **defaults | {"save_strategy": "no", "report_to": "none"} | options)
+
+
+@pytest.mark.parametrize(("counted", "a_row"), [("all", 10), (True, 10), ("non_padding", 7), ("no", 10), (False, 10)])
+def test_tokens_are_counted_once_and_on_after_a_resume(tmp_path, counted, a_row):
+    def train_until(updates: int, resume: bool | None) -> QSparseTrainer:
+        arguments = small_run(
+            tmp_path, max_steps=updates, include_num_input_tokens_seen=counted, save_strategy="steps", save_steps=2
+        )
+        trainer = QSparseTrainer(make(sparse_config("llama")), arguments, train_dataset=Dataset.from_list(ROWS))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    train_until(2, resume=None)
+    trainer = train_until(4, resume=True)
+    *logged, last = trainer.state.log_history
+    assert trainer.state.num_input_tokens_seen == 4 * 2 * a_row
+    assert [entry["tokens_seen"] for entry in logged] == [2 * a_row * update for update in (1, 2, 3, 4)]
+    if counted in ("no", False):
+        assert "num_input_tokens_seen" not in last
+    else:
+        assert [entry["num_input_tokens_seen"] for entry in logged] == [entry["tokens_seen"] for entry in logged]
+
+
+def test_tokens_that_are_no_padding_by_hand():
+    ids = torch.tensor([[3, 4, 0, 0], [5, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    assert count_tokens({"input_ids": ids, "attention_mask": mask}) == 8
+    assert count_tokens({"input_ids": ids, "attention_mask": mask}, padding=False, pad_token_id=0) == 4
+    assert count_tokens({"input_ids": ids}, padding=False, pad_token_id=0) == 3
+    assert count_tokens({"input_ids": ids}, padding=False) == 8
+    packed = {"input_ids": ids, "position_ids": torch.tensor([[0, 1, 2, 0], [0, 1, 0, 1]])}
+    assert count_tokens(packed, padding=False, pad_token_id=0) == 8  # the end token may be the padding's too
+    embedded = {"inputs_embeds": torch.zeros(2, 4, 16)}
+    assert count_tokens(embedded) == count_tokens(embedded, padding=False, pad_token_id=0) == 8
+    assert count_tokens(embedded | {"attention_mask": mask}, padding=False) == 4
+    with pytest.raises(UserError, match="must hold input_ids or inputs_embeds, got labels"):
+        count_tokens({"labels": ids})
+
+
+def test_resuming_needs_a_checkpoint(tmp_path):
+    trainer = QSparseTrainer(make(sparse_config("llama")), small_run(tmp_path), train_dataset=Dataset.from_list(ROWS))
+    with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 0
+    for nothing in (None, False):
+        assert trainer.train(resume_from_checkpoint=nothing).global_step == 4
+
+
+def test_rows_of_embeddings_train_as_their_tokens_do(tmp_path):
+    """Tokens and their embeddings give the same losses, counts and sparsity, where the embeddings are not trained."""
+
+    def history(rows: list[dict], **options) -> list[dict]:
+        model = make(sparse_config("llama"))
+        model.get_input_embeddings().requires_grad_(False)
+        arguments = small_run(tmp_path, include_num_input_tokens_seen="all", **options)
+        trainer = QSparseTrainer(model, arguments, train_dataset=Dataset.from_list(rows))
+        trainer.train()
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        clock = ("tokens_per_second", "train_tokens_per_second", "train_runtime")
+        return [{name: value for name, value in entry.items() if name not in clock} for entry in history]
+
+    embed = make(sparse_config("llama")).get_input_embeddings()
+    with torch.no_grad():
+        embedded = [
+            {name: row[name] for name in ("attention_mask", "labels")}
+            | {"inputs_embeds": embed(torch.tensor(row["input_ids"])).tolist()}
+            for row in ROWS
+        ]
+    tokens, embeddings = history(ROWS), history(embedded)
+    assert len(tokens) == 4
+    for expected, actual in zip(tokens, embeddings, strict=True):
+        assert actual == pytest.approx(expected, rel=1e-5)
+        assert actual["sparsity/all"] == 0.5
+    assert embeddings[-1]["num_input_tokens_seen"] == embeddings[-1]["tokens_seen"] == 80
+
+    make(dense_config("llama"), seed=1).save_pretrained(tmp_path / "parent")
+    taught = history(embedded, distill_from=str(tmp_path / "parent"))
+    assert all(entry["distill_kl"] > 0 for entry in taught)
+
+
+class _Trial:
+    """What the Trainer asks of a trial of Optuna's."""
+
+    def __init__(self, number: int, params: dict) -> None:
+        self.number, self.params = number, params
+
+
+class _Grid(HyperParamSearchBackendBase):
+    """A backend of Transformers' hyperparameter search that goes through a list, as Optuna's does through its draws."""
+
+    name = "grid"
+
+    @staticmethod
+    def is_available() -> bool:
+        return True
+
+    def run(self, trainer: QSparseTrainer, n_trials: int, direction: str, trials: list[dict]) -> list[float]:
+        objectives = []
+        for number, params in enumerate(trials[:n_trials]):
+            trainer.train(resume_from_checkpoint=None, trial=_Trial(number, params))
+            objectives.append(trainer.compute_objective(trainer.evaluate()))
+            trainer.model_wrapped, trainer.model = release_memory(trainer.model_wrapped, trainer.model)
+            trainer.accelerator.clear()
+        return objectives
+
+
+def fresh(trial: _Trial | None) -> PreTrainedModel:
+    layers = trial.params["layers"] if trial else 1
+    return make(sparse_config("llama", num_hidden_layers=layers, sparsity=0.5))
+
+
+@pytest.fixture
+def grid(monkeypatch) -> str:
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, _Grid)
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)  # knows Optuna's own
+    return "optuna"
+
+
+def test_a_model_may_be_made_anew_for_every_training(tmp_path):
+    trainer = QSparseTrainer(
+        model_init=fresh, args=small_run(tmp_path), train_dataset=Dataset.from_list(ROWS), eval_dataset=None
+    )
+    losses = []
+    for _ in range(2):
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1]
+    assert trainer.state.num_input_tokens_seen == 80
+
+
+def test_what_is_measured_follows_a_model_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("qsparse_hf.training.trainer.peak_flops", lambda device: 1e12)
+    depths = iter([1, 1, 2])  # for the trainer itself, then for every training
+    trainer = QSparseTrainer(
+        model_init=lambda: fresh(_Trial(0, {"layers": next(depths)})),
+        args=small_run(tmp_path),
+        train_dataset=Dataset.from_list(ROWS),
+    )
+    for _ in range(2):
+        trainer.train()
+        flops = training_flops_per_token(trainer.model, 10)
+        for entry in trainer.state.log_history[:-1]:
+            assert entry["mfu"] == pytest.approx(entry["tokens_per_second"] * flops / 1e12)
+            assert entry["activated_parameters"] == count_parameters(trainer.model)[1]
+
+
+def test_what_is_measured_follows_the_model_of_each_trial(tmp_path, grid, monkeypatch):
+    """Three trials: other depths, ramps and batches; every one logs, saves and runs as it would alone."""
+    monkeypatch.setattr("qsparse_hf.training.trainer.peak_flops", lambda device: 1e12)
+    make(dense_config("llama"), seed=1).save_pretrained(tmp_path / "parent")
+    common = {
+        "global_batch_size": 4,
+        "distill_from": str(tmp_path / "parent"),
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "train_sampling_strategy": "sequential",
+    }
+    trials = [
+        {"layers": 1, "sparsity_ramp_steps": 0, "per_device_train_batch_size": 2},
+        {"layers": 2, "sparsity_ramp_steps": 4, "per_device_train_batch_size": 4},
+        {"layers": 1, "sparsity_ramp_steps": 2, "per_device_train_batch_size": 1},
+    ]
+    histories = []
+
+    class Recorder(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            histories.append([entry for entry in state.log_history if "loss" in entry])
+
+    rows = Dataset.from_list(ROWS)
+    trainer = QSparseTrainer(
+        model_init=fresh,
+        args=small_run(tmp_path / "search", **common),
+        train_dataset=rows,
+        eval_dataset=rows,
+        callbacks=[Recorder()],
+    )
+    objectives = trainer.hyperparameter_search(
+        hp_space=lambda trial: {name: value for name, value in trial.params.items() if name != "layers"},
+        backend=grid,
+        n_trials=3,
+        trials=trials,
+    )
+    for number, (params, history, objective) in enumerate(zip(trials, histories, objectives, strict=True)):
+        fields = {name: value for name, value in params.items() if name != "layers"}
+        model = fresh(_Trial(0, params))
+        flops = training_flops_per_token(model, 10)
+        alone = QSparseTrainer(
+            model, small_run(tmp_path / f"alone-{number}", **common | fields), train_dataset=rows, eval_dataset=rows
+        )
+        alone.train()
+        expected = [entry for entry in alone.state.log_history if "loss" in entry]
+        for entry, other in zip(history, expected, strict=True):
+            assert entry["mfu"] == pytest.approx(entry["tokens_per_second"] * flops / 1e12)
+            for clock in ("mfu", "tokens_per_second"):
+                del entry[clock], other[clock]
+            assert entry == pytest.approx(other, rel=1e-5)
+        assert objective == pytest.approx(alone.evaluate()["eval_loss"], rel=1e-5)
+        facts = [
+            checkpoint_facts(folder / "checkpoint-4")
+            for folder in (tmp_path / "search" / f"run-{number}", tmp_path / f"alone-{number}")
+        ]
+        assert facts[0] == facts[1]
+    assert [round(64 * (1 - entry["sparsity/qkv"])) for entry in histories[1]] == [56, 48, 40, 32]
+
+
+def test_a_trial_that_cannot_run_is_one_line(tmp_path, grid):
+    def search(params: dict, **options) -> None:
+        trainer = QSparseTrainer(
+            model_init=fresh, args=small_run(tmp_path, **options), train_dataset=Dataset.from_list(ROWS)
+        )
+        trainer.hyperparameter_search(
+            hp_space=lambda trial: trial.params, backend=grid, n_trials=1, trials=[{"layers": 1} | params]
+        )
+
+    with pytest.raises(UserError, match=r"sparsity_ramp_steps must be at most max_steps \(4\), got 9"):
+        search({"sparsity_ramp_steps": 9})
+    with pytest.raises(UserError, match=r"global_batch_size must be a multiple of .*got 4"):
+        search({"per_device_train_batch_size": 3}, global_batch_size=4)
+    with pytest.raises(UserError, match=r"not finite at update 2.*/run-0/not-finite.*the last .*/run-0/checkpoint-1"):
+        search({"learning_rate": 1e30}, save_strategy="steps", save_steps=1, max_grad_norm=0)
+
+
+def test_a_stream_begins_again_with_every_training(run_config, tiny_tokenizer, tmp_path):
+    data = DataArguments(train_data=yaml.safe_load(run_config.read_text())["train_data"], sequence_length=64)
+    stream = PackedStream(data.train_sources, tiny_tokenizer, data, seed=0)
+    trainer = QSparseTrainer(
+        model_init=fresh, args=small_run(tmp_path), train_dataset=stream, data_collator=collate_packed
+    )
+    losses = []
+    for _ in range(2):
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == losses[1]
+    assert stream.trained == 8
 
 
 def test_the_trainer_takes_a_dense_model_and_any_dataset(tmp_path):
@@ -157,6 +422,13 @@ def test_adapters_that_add_positions_and_padding_are_logged(tmp_path):
     assert "sparsity/all" not in trainer.state.log_history[0]
     with pytest.raises(TypeError, match="must be QSparseTrainingArguments, got TrainingArguments"):
         QSparseTrainer(prompted, TrainingArguments(tmp_path, use_cpu=True))
+
+
+def test_the_trainer_loads_optional_packages_only_when_they_are_used():
+    code = "import sys; import qsparse_hf.training.trainer; print(*sys.modules)"
+    loaded = set(run_python(code).stdout.split())
+    assert "transformers" in loaded
+    assert not loaded & {"trl", "matplotlib", "tensorboard", "torch.utils.tensorboard"}
 
 
 def test_quickstart_in_small(tmp_path, monkeypatch, capfd):
@@ -359,9 +631,75 @@ def test_distillation_learns_the_parent(run_config, tmp_path, tiny_checkpoint):
         assert mixed["cross_entropy"] == pytest.approx(plain, rel=1e-5)
         assert mixed["distill_kl"] == pytest.approx(alone[0]["distill_kl"], rel=1e-5)
 
-    make(dense_config("llama", vocab_size=99)).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="has a vocabulary of 99, the model one of 128"):
-        history(f"distill_from={tmp_path / 'other'}")
+
+def _no_parent(folder: Path) -> str:
+    return "is no file or folder here, and the Hub did not give it"
+
+
+def _empty_folder(folder: Path) -> str:
+    folder.mkdir()
+    return "config.json"
+
+
+def _other_vocabulary(folder: Path) -> str:
+    make(dense_config("llama", vocab_size=99)).save_pretrained(folder)
+    return "has a vocabulary of 99, the model one of 128"
+
+
+def _lacking_a_layer(folder: Path) -> str:
+    make(dense_config("llama")).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    return "lacks 9 tensor(s), model.layers.2."
+
+
+def _other_shape(folder: Path) -> str:
+    make(dense_config("llama")).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 80}))
+    return "holds model.layers.0.mlp.down_proj.weight as [64, 96], where its config.json says [64, 80]"
+
+
+def _encoder(folder: Path) -> str:
+    T5Config().save_pretrained(folder)
+    return "Unrecognized configuration class"
+
+
+def _cut_weights(folder: Path) -> str:
+    make(dense_config("llama")).save_pretrained(folder)
+    os.truncate(folder / "model.safetensors", 1000)
+    return ""
+
+
+def _broken_config(folder: Path) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    return "not a valid JSON file"
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        _no_parent,
+        _empty_folder,
+        _other_vocabulary,
+        _lacking_a_layer,
+        _other_shape,
+        _encoder,
+        _cut_weights,
+        _broken_config,
+    ],
+)
+def test_a_parent_that_cannot_teach_is_one_line(run_config, tmp_path, capsys, prepare):
+    parent = tmp_path / "parent"
+    said = prepare(parent)
+    assert main(["train", str(run_config), f"output_dir={tmp_path / 'out'}", f"distill_from={parent}"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"qsparse: error: run.yaml: distill_from: {parent}") or line.startswith(
+        f"qsparse: error: distill_from: {parent}"
+    )
+    assert said in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..modeling.sparsity import Selection
 from .sparsify_triton import (
@@ -264,13 +265,23 @@ class TritonSparsify:
         return _topk_mask(x, selection.kept_of_block(x.shape[-1]), selection.block_size)
 
     def topk(self, x: Tensor, selection: Selection) -> Tensor:
-        return _topk(x, *_unpacked(x, selection))[0]
+        arguments = x, *_unpacked(x, selection)
+        if torch.compiler.is_compiling() and torch.is_grad_enabled() and not _is_exporting():
+            # Attention saves its output for its own backward. Selecting from it again there costs less than a second
+            # tensor; an uncompiled model cannot be told so from here.
+            return checkpoint(_topk, *arguments, use_reentrant=False, preserve_rng_state=False)[0]
+        return _topk(*arguments)[0]
 
     def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool, selection: Selection) -> Tensor:
         return _rms_norm_topk(x, weight, eps, unit_offset, *_unpacked(x, selection))[0]
 
     def glu_topk(self, gate: Tensor, up: Tensor, activation: str, selection: Selection) -> Tensor:
         return _glu_topk(gate, up, activation, *_unpacked(gate, selection))[0]
+
+
+def _is_exporting() -> bool:
+    """Whether `torch.export` traces; PyTorch 2.11's public function says so of all that `torch.compile` traces."""
+    return torch.compiler._is_exporting_flag
 
 
 def _unpacked(x: Tensor, selection: Selection) -> tuple[int, int | None, bool]:

@@ -16,7 +16,6 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.activations import GELUActivation, GELUTanh, ReLUSquaredActivation, SiLUActivation
 
 from .backend import choose
@@ -372,11 +371,6 @@ class Sparsify(nn.Module):
         return select(form, inputs, self.selection)
 
     def forward(self, x: Tensor) -> Tensor | Survivors:
-        training = torch.compiler.is_compiling() and torch.is_grad_enabled() and self.selection.sparsity > 0
-        if training and not torch.compiler.is_exporting():
-            # Attention saves its output for its own backward. Selecting from it again there costs less than a second
-            # tensor; an uncompiled model cannot be told so from here.
-            return checkpoint(self.select, "topk", x, use_reentrant=False, preserve_rng_state=False)
         return self.select("topk", x)
 
     def extra_repr(self) -> str:

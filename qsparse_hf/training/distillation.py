@@ -1,11 +1,50 @@
 """Knowledge distillation from the dense parent."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import UserError, user_errors
 
 _CHUNK = 1024  # tokens whose distributions are in memory at a time
+
+
+def load_teacher(source: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model to learn from, whole in every process and without gradients.
+
+    Args:
+        source: its checkpoint, a folder or Hub id.
+        dtype: to compute in.
+        device: to compute on.
+
+    Raises:
+        UserError: there is no causal language model there, or weights of it are missing or of another shape.
+    """
+    with user_errors(f"distill_from: {source}"):
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    teacher, loaded = found  # two with output_loading_info
+    for name, theirs, ours in sorted(loaded["mismatched_keys"]):
+        raise UserError(f"distill_from: {source} holds {name} as {[*theirs]}, where its config.json says {[*ours]}")
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(f"distill_from: {source} lacks {len(missing):,} tensor(s), {missing[0]} for one")
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def require_same_vocabulary(teacher: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Distributions can be compared over the same tokens alone.
+
+    Raises:
+        UserError: the vocabularies differ in size.
+    """
+    theirs, ours = (m.config.get_text_config().vocab_size for m in (teacher, model))
+    if theirs != ours:
+        raise UserError(f"distill_from: {teacher.name_or_path} has a vocabulary of {theirs}, the model one of {ours}")
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def whole_checkpoint(
 class _Watched(NamedTuple):
     update: int
     micro_batch: int
-    input_ids: Tensor
+    inputs: dict[str, Tensor]
     finite: Tensor  # on the CPU, there once `copied` has happened
     copied: torch.cuda.Event | None
 
@@ -93,13 +93,15 @@ class Heartbeat(TrainerCallback):
     Attributes:
         stopped_by: SIGTERM or SIGINT, where a process got it and all have stopped.
         stopwatch: measures the speed of training.
+        run_dir: where the checkpoints go: `output_dir`, or a folder in it for each trial of a hyperparameter search.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = run_dir
         self.stopped_by: signal.Signals | None = None
         self.stopwatch = Stopwatch()
         self._received: signal.Signals | None = None
-        self._tokens = 0
+        self._tokens: int | Tensor = 0
         self._watched: list[_Watched] = []
         self._group: dist.ProcessGroup | None = None
 
@@ -123,17 +125,19 @@ class Heartbeat(TrainerCallback):
         self._received = signal.Signals(number)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._tokens, self._watched = 0, []  # an earlier training may have ended within an update
         self.stopwatch.lap()
         if dist.is_available() and dist.is_initialized() and self._group is None:
             self._group = dist.new_group(backend="gloo")  # on the host: no accelerator waits for it
 
-    def watch(self, update: int, input_ids: Tensor, loss: Tensor) -> None:
+    def watch(self, update: int, inputs: dict[str, Tensor], loss: Tensor, tokens: int | Tensor) -> None:
         """Note one micro-batch.
 
         Args:
             update: the update's number, from 1.
-            input_ids: its tokens, `[B, T]`.
+            inputs: what the model read, to be written to a file where the loss is not finite.
             loss: a scalar on any device.
+            tokens: how many it counts for; of a tensor, the value is waited for at the end of the update.
         """
         micro_batch = sum(watched.update == update for watched in self._watched)
         finite = torch.isfinite(loss.detach()).to("cpu", non_blocking=True)
@@ -141,18 +145,18 @@ class Heartbeat(TrainerCallback):
         if loss.is_cuda:
             copied = torch.cuda.Event()
             copied.record()
-        self._watched.append(_Watched(update, micro_batch, input_ids, finite, copied))
-        self._tokens += input_ids.numel()
+        self._watched.append(_Watched(update, micro_batch, inputs, finite, copied))
+        self._tokens = self._tokens + tokens
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         delay = 0 if args.device.type == "cpu" else 1
         bad = self._bad(state.global_step - delay)
-        received, failed, tokens = self._sum(self._received is not None, bool(bad), self._tokens)
+        received, failed, tokens = self._sum(self._received is not None, bool(bad), int(self._tokens))
         self._tokens = 0
         state.num_input_tokens_seen += tokens
         self.stopwatch.tokens += tokens
         if failed:
-            self._fail(bad, args.output_dir)
+            self._fail(bad)
         if received:
             self.stopped_by = self._received or signal.SIGTERM
             control.should_save = control.should_training_stop = True
@@ -166,11 +170,11 @@ class Heartbeat(TrainerCallback):
         bad = self._bad(update)
         flags = [torch.isfinite(_local(weight)).all() for weight in model.parameters()]
         broken = not all(torch.stack([flag.to(args.device) for flag in flags]).tolist())
-        failed, broken = self._sum(bool(bad), broken)
+        failed, anywhere_broken = self._sum(bool(bad), broken)
         if failed:
-            self._fail(bad, args.output_dir)
-        if broken:
-            last = complete_checkpoints(args.output_dir)
+            self._fail(bad)
+        if anywhere_broken:
+            last = complete_checkpoints(self.run_dir)
             raise UserError(
                 f"a weight is not finite after update {update}; no checkpoint was written"
                 + (f"; the last one is {last[-1]}" if last else "")
@@ -191,20 +195,20 @@ class Heartbeat(TrainerCallback):
             dist.all_reduce(total, group=self._group)
         return total.tolist()
 
-    def _fail(self, bad: list[_Watched], output_dir: str) -> None:
+    def _fail(self, bad: list[_Watched]) -> None:
         rank = dist.get_rank() if self._group is not None else 0
         said = None
         if bad:
             first = bad[0]
-            file = Path(output_dir) / f"not-finite-update-{first.update}-process-{rank}.safetensors"
+            file = Path(self.run_dir) / f"not-finite-update-{first.update}-process-{rank}.safetensors"
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"input_ids": first.input_ids.cpu().contiguous()}, file)
-            said = f"update {first.update}, micro-batch {first.micro_batch} of process {rank} (its tokens: {file})"
+            save_file({name: read.detach().cpu().contiguous() for name, read in first.inputs.items()}, file)
+            said = f"update {first.update}, micro-batch {first.micro_batch} of process {rank} (what it read: {file})"
         everywhere = [said]
         if self._group is not None:
             everywhere = [None] * dist.get_world_size(self._group)
             dist.all_gather_object(everywhere, said, group=self._group)
-        last = complete_checkpoints(output_dir)
+        last = complete_checkpoints(self.run_dir)
         raise UserError(
             f"the loss is not finite at {'; '.join(filter(None, everywhere))}; "
             + (f"the last complete checkpoint is {last[-1]}" if last else "there is no checkpoint yet")

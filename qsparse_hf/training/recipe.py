@@ -20,8 +20,8 @@ from transformers.training_args import trainer_log_levels
 
 from ..conversion import DTYPES
 from ..errors import UserError, one_line, shortened
+from .arguments import QSparseArguments, QSparseTrainingArguments
 from .data import DataArguments
-from .trainer import QSparseArguments, QSparseTrainingArguments
 
 STAGES = ("pretrain", "continue", "sft")
 

@@ -27,11 +27,12 @@ from transformers.utils import logging
 from ..errors import Interrupted, UserError, check_config, check_writable, one_line, user_errors
 from ..modeling.backend import choose
 from ..modeling.sparsify import IMPLS
+from .arguments import QSparseArguments
 from .data import collate_packed, pack_on_disk
 from .faults import complete_checkpoints
 from .recipe import BOOLEANS, Recipe, RunArguments, parse
 from .streaming import PackedStream
-from .trainer import QSparseArguments, QSparseTrainer
+from .trainer import QSparseTrainer
 from .training_report import write_training_report
 
 logger = logging.get_logger(__name__)
@@ -174,19 +175,27 @@ def _language_modeller(
 
 
 def _fine_tuner(recipe: Recipe, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Trainer:
-    from .sft import QSparseSFTTrainer, learnable, read_examples, set_chat_template
+    from .sft import QSparseSFTTrainer, learnable, prepare_tokenizer, read_examples, truncated
 
     data, arguments = recipe.data, recipe.training
-    if arguments.max_length not in (type(arguments).max_length, data.sequence_length):
+    if arguments.max_length not in (None, type(arguments).max_length, data.sequence_length):
         raise UserError(f"max_length is sequence_length here ({data.sequence_length}), got {arguments.max_length}")
-    arguments.max_length = data.sequence_length
-    set_chat_template(tokenizer, arguments)
+    prepare_tokenizer(tokenizer, arguments)
     with arguments.main_process_first(desc="preparing data"):
-        trained = read_examples(data.train_sources, tokenizer, data, arguments.seed)
-        evaluated = read_examples(data.eval_sources, tokenizer, data, arguments.seed) if data.eval_sources else None
+        trained = read_examples(data.train_sources, tokenizer, data, arguments)
+        evaluated = read_examples(data.eval_sources, tokenizer, data, arguments) if data.eval_sources else None
+        if arguments.padding_free and not arguments.packing:  # TRL cuts nothing then, and wants no length named
+            arguments.max_length = None
+            mode = arguments.truncation_mode
+            trained = learnable(truncated(trained, data.sequence_length, mode))
+            evaluated = truncated(evaluated, data.sequence_length, mode) if evaluated is not None else None
+        else:
+            arguments.max_length = data.sequence_length
+    arguments.assistant_only_loss = None  # the labels are there
     trainer = QSparseSFTTrainer(
         model=model, args=arguments, train_dataset=trained, eval_dataset=evaluated, processing_class=tokenizer
     )
+    arguments.max_length = data.sequence_length
     with arguments.main_process_first(desc="looking for answers"):
         learnt = learnable(trainer.train_dataset)
     if not arguments.packing and len(learnt) < len(trained):  # TRL has dropped them without a word

@@ -1,8 +1,12 @@
 """How the sparsity grows over the first updates."""
 
+from typing import Any
+
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import UserError
+from .arguments import QSparseArguments
 
 
 def sparsity_factor(update: int, ramp_steps: int, levels: int = 10) -> float:
@@ -20,26 +24,36 @@ def sparsity_factor(update: int, ramp_steps: int, levels: int = 10) -> float:
 
 
 class SparsityRamp(TrainerCallback):
-    """Sets the model's sparsity at the start of every update, from the update's number alone: a resumed run agrees."""
+    """Sets the model's sparsity at the start of every update, from the update's number alone: a resumed run agrees.
 
-    def __init__(self, ramp_steps: int, levels: int) -> None:
-        self.ramp_steps = ramp_steps
-        self.levels = levels
+    Args:
+        arguments: the trainer's. They are read at every call: a hyperparameter search sets them between its trials.
+    """
+
+    def __init__(self, arguments: QSparseArguments) -> None:
+        self.arguments = arguments
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.ramp_steps > state.max_steps:
+        steps = self.arguments.sparsity_ramp_steps
+        if steps > state.max_steps:
             raise UserError(
-                f"sparsity_ramp_steps must be at most the number of updates ({state.max_steps}), got {self.ramp_steps}"
+                f"sparsity_ramp_steps must be at most the number of updates ({state.max_steps}), got {steps}"
             )
+        if steps and args.torch_compile:  # every level is a program of its own
+            config = torch._dynamo.config
+            config.recompile_limit = max(config.recompile_limit, self.arguments.sparsity_ramp_levels + 8)
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model.scale_sparsity(sparsity_factor(state.global_step, self.ramp_steps, self.levels))
+        steps, levels = self.arguments.sparsity_ramp_steps, self.arguments.sparsity_ramp_levels
+        if steps:
+            kwargs["model"].scale_sparsity(sparsity_factor(state.global_step, steps, levels))
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model=None, **kwargs
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model.scale_sparsity(1)
+        if self.arguments.sparsity_ramp_steps:
+            kwargs["model"].scale_sparsity(1)

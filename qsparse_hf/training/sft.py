@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: TRL's `SFTTrainer`, which brings chat templates, completion-only loss and packing.
+"""Supervised fine-tuning: TRL's `SFTTrainer`, which packs, batches and trains what `chat` tokenizes and labels.
 
 Importing this module needs TRL: `pip install "qsparse-hf[sft]"`.
 """
@@ -7,17 +7,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import UserError, user_errors
+from .arguments import QSparseArguments
 from .data import DataArguments, identity, prepare_on_disk
 from .sources import FEATURES, RowCheck, Source
-from .trainer import QSparseArguments, QSparseTrainerMixin
+from .trainer import QSparseTrainerMixin
 
 try:
     from trl import SFTConfig, SFTTrainer
+
+    from .chat import Learner, NotLearnable
 except ImportError as error:
     raise UserError(f'stage sft needs TRL, pip install "qsparse-hf[sft]" brings it: {error}') from error
 
@@ -29,13 +33,18 @@ class QSparseSFTConfig(QSparseArguments, SFTConfig):
     """TRL's `SFTConfig` and `QSparseArguments`; precision and checkpointing default as in Transformers."""
 
     bf16: bool = field(default=False, metadata={"help": "Mixed precision in bfloat16."})
-    gradient_checkpointing: bool | None = field(
+    gradient_checkpointing: bool | None = field(  # type: ignore[assignment]  # None as in Transformers
         default=None, metadata={"help": "Compute activations again in the backward pass, for less memory."}
+    )
+
+    assistant_only_loss: bool | None = field(  # type: ignore[assignment]  # TRL's has no third value
+        default=None,
+        metadata={"help": "Of messages, learn the assistant's alone; false: all. A recipe's default is true."},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.distill_from:
+        if self.distill_from is not None:
             raise UserError("distill_from is for language modelling: TRL's loss never has the logits in memory")
 
 
@@ -48,8 +57,18 @@ class QSparseSFTTrainer(QSparseTrainerMixin, SFTTrainer):
         """Writes none: TRL's names neither the model it came from nor how a Q-Sparse model is loaded."""
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, arguments: QSparseSFTConfig) -> None:
-    """Give `tokenizer` the template of `chat_template_path`: a Jinja file, or another tokenizer's folder or Hub id."""
+_TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, arguments: QSparseSFTConfig) -> None:
+    """Give `tokenizer` the end token and the chat template that `arguments` ask for.
+
+    `chat_template_path` is a Jinja file, or another tokenizer's folder or Hub id.
+    """
+    if arguments.eos_token is not None:
+        if arguments.eos_token not in tokenizer.get_vocab():
+            raise UserError(f"eos_token {arguments.eos_token!r} is no token of {tokenizer.name_or_path}")
+        tokenizer.eos_token = arguments.eos_token
     source = arguments.chat_template_path
     if source is None:
         return
@@ -78,42 +97,99 @@ def learnable(rows: Dataset) -> Dataset:
     return learnt
 
 
+def truncated(rows: Dataset, length: int, mode: str) -> Dataset:
+    """The first `length` tokens of every row, or its last where `mode` is TRL's `keep_end`."""
+    kept = slice(-length, None) if mode == "keep_end" else slice(length)
+    return rows.map(lambda row: {name: row[name][kept] for name in _TOKENS}, desc="cutting rows to sequence_length")
+
+
 def read_examples(
-    sources: list[Source], tokenizer: PreTrainedTokenizerBase, arguments: DataArguments, seed: int
+    sources: list[Source], tokenizer: PreTrainedTokenizerBase, data: DataArguments, arguments: QSparseSFTConfig
 ) -> Dataset:
-    """The sources' rows as TRL takes them, cached on disk.
+    """The sources' rows as tokens and labels, cached on disk.
 
     Prompts and completions become a conversation where the tokenizer has a chat template, and stay plain text where it
-    has none.
+    has none. Learnt is the completion, of messages what the assistant says, and of `text` all of it.
 
     Returns:
-        Rows of `prompt` and `completion`, of `messages`, or of `text`.
+        Rows of `input_ids` and `labels`, -100 where nothing is learnt; neither cut nor packed.
 
     Raises:
-        UserError: a bad row, sources of different forms, or messages without a chat template.
+        UserError: a bad row, sources of different forms, messages without a chat template, or one that does not tell
+            what the answers are.
     """
     forms = [frozenset(source.columns) - {"system"} for source in sources]
+    form = forms[0]
     if len(set(forms)) > 1:
         raise UserError("all data sources of one run must name the same columns, system aside")
-    if arguments.streaming:
+    if data.streaming:
         raise UserError("stage sft prepares its data on disk; leave streaming out")
-    chat = tokenizer.chat_template is not None
-    if "messages" in forms[0] and not chat:
+    chat = tokenizer.chat_template is not None and form != {"text"}
+    if "messages" in form and not chat:
         raise UserError("messages need a chat template; set chat_template_path to one, configs/chat/ has examples")
+    learner = _learner(form, chat, tokenizer, arguments)
 
     def generate(documents: IterableDataset, check: RowCheck) -> Iterator[dict]:
         for row in documents:
             if check.passes(row):
-                example = {name: row[name] for name in forms[0]}
-                if chat and "prompt" in example:
-                    system = [{"role": "system", "content": row["system"]}] if row["system"] else []
-                    example["prompt"] = [*system, {"role": "user", "content": row["prompt"]}]
-                    example["completion"] = [{"role": "assistant", "content": row["completion"]}]
-                elif row["system"]:
-                    example["prompt"] = f"{row['system']}\n{row['prompt']}"
-                yield example
+                yield {name: row[name] for name in (*form, "system", "origin") if name in row}
 
-    types = {name: FEATURES["messages" if chat and name != "text" else name] for name in sorted(forms[0])}
-    return prepare_on_disk(
-        generate, Features(types), sources, arguments, seed, ("sft", identity(tokenizer), sorted(forms[0]))
+    names = sorted({*form, "system", "origin"} & FEATURES.keys())
+    rows = prepare_on_disk(
+        generate, Features({name: FEATURES[name] for name in names}), sources, data, arguments.seed, ("sft", names)
     )
+
+    def tokenize(row: dict) -> dict:
+        try:
+            return _tokenize(row, learner, chat) | {"problem": None}
+        except NotLearnable as error:
+            return {"input_ids": [], "labels": [], "problem": str(error)}
+
+    key = (rows._fingerprint, identity(tokenizer), learner.everything, learner.marked_template)
+    tokenized = rows.map(
+        tokenize,
+        remove_columns=[name for name in names if name != "origin"],
+        features=Features(_TOKENS | {"origin": FEATURES["origin"], "problem": FEATURES["problem"]}),
+        num_proc=arguments.dataset_num_proc,
+        new_fingerprint=Hasher.hash(key),
+        desc="tokenizing",
+    )
+    return _without_problems(tokenized, RowCheck(skip=data.on_bad_row == "skip"))
+
+
+def _learner(
+    form: frozenset[str], chat: bool, tokenizer: PreTrainedTokenizerBase, arguments: QSparseSFTConfig
+) -> Learner:
+    """What is learnt of rows of `form`, as the two switches of TRL say."""
+    if "prompt" not in form and arguments.completion_only_loss is not None:
+        raise UserError("completion_only_loss is for columns prompt and completion")
+    if not chat and arguments.assistant_only_loss:
+        raise UserError(f"assistant_only_loss is for conversations, got plain {' and '.join(sorted(form))}")
+    if "messages" in form:
+        return Learner.of_conversations(tokenizer, everything=arguments.assistant_only_loss is False, turns=2)
+    everything = arguments.completion_only_loss is False and not arguments.assistant_only_loss
+    if chat:
+        return Learner.of_conversations(tokenizer, everything, turns=1)
+    return Learner(tokenizer, everything)
+
+
+def _tokenize(row: dict, learner: Learner, chat: bool) -> dict[str, list[int]]:
+    if "text" in row:
+        return learner.text(row["text"])
+    if "messages" in row:
+        return learner.conversation(row["messages"])
+    if not chat:
+        return learner.text(row["completion"], prompt="\n".join(filter(None, (row["system"], row["prompt"]))))
+    said = {"system": row["system"], "user": row["prompt"], "assistant": row["completion"]}
+    return learner.conversation([{"role": role, "content": text} for role, text in said.items() if text])
+
+
+def _without_problems(rows: Dataset, check: RowCheck) -> Dataset:
+    """The rows that could be tokenized; the first other one is named, or they are counted."""
+    if rows.unique("problem") != [None]:
+        reports = rows.select_columns(["origin", "problem"])
+        rows = rows.select([index for index, report in enumerate(reports) if check.passes(report)])
+        logger.warning(str(check))
+        if not len(rows):
+            raise UserError(f"no row is left to learn from: {check}")
+    return rows.select_columns(list(_TOKENS))

@@ -1,13 +1,15 @@
-"""Tokens a second, and how much of the hardware's peak they use (model FLOP utilisation)."""
+"""Tokens, tokens a second, and how much of the hardware's peak they use (model FLOP utilisation)."""
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import UserError
 
 # Peak of dense bf16 matrix products in FLOP/s, from the vendors' data sheets, by words of the device's name. The first
 # match counts; laptop variants are slower and not listed.
@@ -49,7 +51,39 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for words, peak in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
-def training_flops_per_token(model: nn.Module, sequence_length: int) -> float:
+def main_input(inputs: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+    """What a batch gives the model to read: `input_ids` `[B, T]`, or `inputs_embeds` `[B, T, D]` in their place.
+
+    Raises:
+        UserError: the batch holds neither.
+    """
+    for name in ("input_ids", "inputs_embeds"):
+        if inputs.get(name) is not None:
+            return name, inputs[name]
+    raise UserError(f"training rows must hold input_ids or inputs_embeds, got {', '.join(inputs) or 'none'}")
+
+
+def count_tokens(inputs: Mapping[str, Tensor], padding: bool = True, pad_token_id: int | None = None) -> int | Tensor:
+    """Tokens of a batch.
+
+    Args:
+        inputs: arguments of `model.forward`.
+        padding: whether padding counts too. Without it, an `attention_mask` says what is padding, or else the token
+            `pad_token_id`. Rows laid end to end, which bring `position_ids` and no mask, have no padding.
+        pad_token_id: the tokenizer's.
+
+    Returns:
+        Their number; on the batch's device, as a scalar in int64, where it depends on the values in the batch.
+    """
+    name, read = main_input(inputs)
+    if not padding and inputs.get("attention_mask") is not None:
+        return inputs["attention_mask"].sum()
+    if not padding and name == "input_ids" and pad_token_id is not None and inputs.get("position_ids") is None:
+        return (read != pad_token_id).sum()
+    return read.shape[:2].numel()
+
+
+def training_flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
     """Floating-point operations of one token's forward and backward pass, as PaLM counts them (arXiv 2204.02311, B).
 
     Every weight of a matrix product takes 2 forward, 2 for the gradient of its input, and 2 for its own gradient if it
@@ -81,7 +115,7 @@ def number_of_experts(config: PreTrainedConfig) -> int:
     return getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
 
 
-def attention_flops_per_token(config: PreTrainedConfig, sequence_length: int) -> float:
+def attention_flops_per_token(config: PreTrainedConfig, sequence_length: float) -> float:
     """The part of `training_flops_per_token` that grows with the sequence."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 12.0 * config.num_hidden_layers * config.num_attention_heads * head_size * sequence_length

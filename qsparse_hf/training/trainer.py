@@ -6,199 +6,178 @@ parent, what is logged, and checkpoints that are whole or not there.
 
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
-from ..errors import UserError, user_errors
+from ..errors import UserError
 from ..report import projections, sparsity_report
-from .distillation import forward_kl
+from .arguments import QSparseArguments, QSparseTrainingArguments
+from .distillation import forward_kl, load_teacher, require_same_vocabulary
 from .faults import Heartbeat, checkpoint_facts, whole_checkpoint
 from .schedule import SparsityRamp
 from .sharding import has_shards, load_sharded_optimizer, without_shards
 from .streaming import PackedStream, StreamProgress
-from .throughput import attention_flops_per_token, number_of_experts, peak_flops, training_flops_per_token
+from .throughput import (
+    attention_flops_per_token,
+    count_tokens,
+    main_input,
+    number_of_experts,
+    peak_flops,
+    training_flops_per_token,
+)
 
 logger = logging.get_logger(__name__)
+
+if TYPE_CHECKING:  # what the mixin is mixed into, or a class built on it
+    _Trainer = Trainer
+else:
+    _Trainer = object
 
 _STREAM_STATE = "stream.json"
 # Arguments that a run may go on with other values of, at the price of a schedule that is neither's.
 _SCHEDULE = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "warmup_steps")
 
 
-@dataclass
-class QSparseArguments:
-    """What a Q-Sparse trainer adds to the arguments of the trainer it is mixed into.
-
-    Raises:
-        UserError: a field outside its range.
-    """
-
-    sparsity_ramp_steps: int = field(
-        default=0, metadata={"help": "Climb from dense to the configured sparsity over this many updates; 0: no ramp."}
-    )
-    sparsity_ramp_levels: int = field(
-        default=10, metadata={"help": "Stairs of the ramp; each costs one compilation under torch_compile."}
-    )
-    log_sparsity: bool = field(
-        default=True,
-        metadata={"help": "With every logged loss, measure sparsity and activated parameters on one row of the batch."},
-    )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Sequences in an update over all processes; sets gradient_accumulation_steps, so that a run is the "
-            "same on any number of them."
-        },
-    )
-    distill_from: str | None = field(
-        default=None, metadata={"help": "Checkpoint of the dense parent, folder or Hub id, whose logits are learnt."}
-    )
-    distill_weight: float = field(
-        default=0.5, metadata={"help": "w in loss = (1 - w) * cross entropy + w * KL(parent || model)."}
-    )
-    report_to: None | str | list[str] = field(  # noqa: RUF036, the command-line parser wants None first
-        default="tensorboard", metadata={"help": "Where logs go: tensorboard, wandb and so on, or none."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "A loss that is not finite ends the run here instead of being left out."}
-    )
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("per_device_train_batch_size", 1),
-            ("per_device_eval_batch_size", 1),
-            ("gradient_accumulation_steps", 1),
-            ("sparsity_ramp_steps", 0),
-            ("sparsity_ramp_levels", 1),
-            ("max_grad_norm", 0),
-            ("seed", 0),
-            ("save_steps", 1e-9),
-            ("num_train_epochs", 1e-9),
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least:g}, got {getattr(self, name)}")
-        if self.max_steps == 0:
-            raise UserError("max_steps must be at least 1, or -1 to go by num_train_epochs, got 0")
-        super().__post_init__()
-        if 0 < self.max_steps < self.sparsity_ramp_steps:
-            raise UserError(
-                f"sparsity_ramp_steps must be at most max_steps ({self.max_steps}), got {self.sparsity_ramp_steps}"
-            )
-        if not 0 < self.distill_weight <= 1:
-            raise UserError(f"distill_weight must be above 0 and at most 1, got {self.distill_weight}")
-        if self.global_batch_size is not None:
-            together = self.per_device_train_batch_size * self.world_size
-            if self.global_batch_size < 1 or self.global_batch_size % together:
-                raise UserError(
-                    f"global_batch_size must be a multiple of per_device_train_batch_size * processes "
-                    f"({self.per_device_train_batch_size} * {self.world_size}), got {self.global_batch_size}"
-                )
-            if self.gradient_accumulation_steps not in (1, self.global_batch_size // together):
-                raise UserError(
-                    f"global_batch_size {self.global_batch_size} makes gradient_accumulation_steps "
-                    f"{self.global_batch_size // together}, got {self.gradient_accumulation_steps}; leave one out"
-                )
-            self.gradient_accumulation_steps = self.global_batch_size // together
-
-    @property
-    def rows_per_update(self) -> int:
-        """Sequences in an update over all processes."""
-        return self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
-
-
-@dataclass
-class QSparseTrainingArguments(QSparseArguments, TrainingArguments):
-    """`TrainingArguments` and the fields of `QSparseArguments`."""
-
-
-def _load_teacher(args: QSparseArguments, model: PreTrainedModel) -> PreTrainedModel:
-    """The dense parent, whole in every process, in the precision that `model` computes in."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
-    with user_errors(f"distill_from: {args.distill_from}"):
-        teacher = AutoModelForCausalLM.from_pretrained(args.distill_from, dtype=dtype)
-    if teacher.config.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"distill_from: {args.distill_from} has a vocabulary of {teacher.config.vocab_size}, "
-            f"the model one of {model.config.vocab_size}"
-        )
-    return teacher.to(args.device).eval().requires_grad_(False)
-
-
-class QSparseTrainerMixin:
+class QSparseTrainerMixin(_Trainer):
     """What makes a `Trainer` one for Q-Sparse models and, for the comparison, their dense twins.
 
     With every logged loss go
-    - `tokens_seen`, `tokens_per_second` and, on hardware whose peak is known, `mfu`, all over all processes;
+    - `tokens_seen`, `tokens_per_second` and, on hardware whose peak is known, `mfu`, all over all processes; padding is
+      left out of them where `include_num_input_tokens_seen` is `non_padding`;
     - `peak_memory_gib` of this process's GPU;
     - `sparsity/<group>`, `sparsity/all` and `activated_parameters`, measured on the first row of the latest batch;
     - `distill_kl` and `cross_entropy`, the parts of the loss where there is a parent to learn from, in nats a token;
     - `rows_skipped` of a stream that skips bad rows, as far as it has been read ahead.
 
     Attributes:
-        facts: what a checkpoint must agree on for a run to go on from it; add to it before `train`.
+        facts: what a checkpoint must agree on for a run to go on from it, beside the model, the seed and the rows of an
+            update; add to it before `train`.
     """
 
-    arguments_class: type = QSparseTrainingArguments
+    arguments_class: type[QSparseArguments] = QSparseTrainingArguments
+    args: QSparseArguments
+    model: Any  # a PreTrainedModel, or what holds adapters or an engine around one
+    optimizer: Any  # of the engine, once training has begun
+    lr_scheduler: Any
 
-    def __init__(self, model: nn.Module, args: QSparseArguments, *rest, **kwargs) -> None:
+    def __init__(
+        self,
+        model: Any = None,
+        args: QSparseArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | None = None,
+        *rest,
+        **kwargs,
+    ) -> None:
         if not isinstance(args, self.arguments_class):
             raise TypeError(f"args must be {self.arguments_class.__name__}, got {type(args).__name__}")
-        stream = kwargs.get("train_dataset") if isinstance(kwargs.get("train_dataset"), PackedStream) else None
+        stream = train_dataset if isinstance(train_dataset, PackedStream) else None
         if stream and args.dataloader_num_workers:
             raise UserError(
                 "a stream packs in a thread of its own and needs dataloader_num_workers 0, "
                 f"got {args.dataloader_num_workers}"
             )
-        self._teacher = _load_teacher(args, model) if args.distill_from else None
-        self._text_config = model.config.get_text_config()
-        if args.ddp_find_unused_parameters is None:  # experts that no token reached have no gradient
-            args.ddp_find_unused_parameters = number_of_experts(self._text_config) > 0
-        super().__init__(model, args, *rest, **kwargs)
-        self._latest_row: dict[str, Tensor] | None = None
-        self._measures = args.log_sparsity and any(True for _ in projections(self.model))
-        if args.sparsity_ramp_steps:
-            if not hasattr(self.model, "scale_sparsity"):
-                raise UserError(f"sparsity_ramp_steps needs a Q-Sparse model, got {type(self.model).__name__}")
-            self.add_callback(SparsityRamp(args.sparsity_ramp_steps, args.sparsity_ramp_levels))
-            if args.torch_compile:  # every level is a program of its own
-                config = torch._dynamo.config
-                config.recompile_limit = max(config.recompile_limit, args.sparsity_ramp_levels + 8)
-        self.heartbeat = Heartbeat()
+        self.facts: dict[str, object] = {}
+        self._teacher: PreTrainedModel | None = None
+        if model is not None and not isinstance(model, str):
+            self._find_teacher(model, args)  # before anything is written
+        super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
+        self._follow(self.model)
+        self.add_callback(SparsityRamp(args))
+        self.heartbeat = Heartbeat(self._get_output_dir(trial=None))
         self.add_callback(self.heartbeat)
         if stream:
             stream.rows_per_update = args.rows_per_update
             self.add_callback(StreamProgress(stream))
-        self.facts: dict[str, object] = {
-            "rows_per_update": args.rows_per_update,
-            "seed": args.seed,
-            "streaming": stream is not None,
-            "model": f"{model.config.model_type} of {sum(p.numel() for p in self.model.parameters()):,} weights",
-        }
+        self._stream_begin: dict | None = None
         self._restore_rng_from: str | None = None
-        self._weight_flops = training_flops_per_token(self.model, 0)  # before an engine shards them
         self._kl = torch.zeros((), device=args.device)
         self._kl_updates: set[int] = set()
 
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As in Transformers, which calls it for every training: what is measured follows the new model."""
+        model: Any = super().call_model_init(trial)
+        self._find_teacher(model, self.args)
+        self._follow(model)
+        return model
+
+    def _find_teacher(self, model: PreTrainedModel, args: QSparseArguments) -> None:
+        """Have the teacher of `model` ready, in the precision that it computes in."""
+        if args.distill_from is None:
+            return
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+        if self._teacher is None or self._teacher.dtype != dtype:
+            self._teacher = load_teacher(args.distill_from, dtype, args.device)
+        require_same_vocabulary(self._teacher, model)
+
+    def _follow(self, model: PreTrainedModel) -> None:
+        """Take from `model`, before an engine shards it, what depends on which model is trained."""
+        if self.args.sparsity_ramp_steps and not hasattr(model, "scale_sparsity"):
+            raise UserError(f"sparsity_ramp_steps needs a Q-Sparse model, got {type(model).__name__}")
+        self._text_config = model.config.get_text_config()
+        if self.args.ddp_find_unused_parameters is None:  # experts that no token reached have no gradient
+            self.args.ddp_find_unused_parameters = number_of_experts(self._text_config) > 0
+        self._measures = self.args.log_sparsity and any(True for _ in projections(model))
+        self._latest_row: dict[str, Tensor] | None = None
+        self._weight_flops = training_flops_per_token(model, 0)
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        self._model_fact = f"{model.config.model_type} of {weights:,} weights"
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As in Transformers: sets the arguments of a trial; what was derived from them is derived again."""
+        if trial is not None and self.args.global_batch_size is not None:
+            self.args.gradient_accumulation_steps = 1
+        super()._hp_search_setup(trial)
+        if trial is not None:
+            self.args.settle()
+            self._follow(self.model)
+        if isinstance(self.train_dataset, PackedStream):
+            self.train_dataset.rows_per_update = self.args.rows_per_update
+        self.heartbeat.run_dir = self._get_output_dir(trial)
+
+    def _all_facts(self) -> dict[str, object]:
+        return {
+            "rows_per_update": self.args.rows_per_update,
+            "seed": self.args.seed,
+            "streaming": isinstance(self.train_dataset, PackedStream),
+            "model": self._model_fact,
+        } | self.facts
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As in Transformers. SIGTERM or SIGINT saves a checkpoint and ends it; `heartbeat.stopped_by` says so."""
-        folder = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        folder = resume_from_checkpoint or None
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             self._check_checkpoint(folder)
-        if folder and isinstance(self.train_dataset, PackedStream):
-            self.train_dataset.resume(json.loads(Path(folder, _STREAM_STATE).read_text()))
-            self.args.ignore_data_skip = True  # the stream begins there, nothing is left to skip
-            self._restore_rng_from = folder
+        if isinstance(self.train_dataset, PackedStream):
+            self._rewind(self.train_dataset, folder)
+        self._kl.zero_()
+        self._kl_updates.clear()
         with self.heartbeat.listening():
-            result = super().train(folder, *args, **kwargs)
+            result = super().train(folder or resume_from_checkpoint, *args, **kwargs)
         self.heartbeat.require_finite(self.model, self.args, self.state.global_step)
         return result
+
+    def _rewind(self, stream: PackedStream, folder: str | None) -> None:
+        """Set the stream to where a checkpoint was taken, or to where the first training began."""
+        if self._stream_begin is None:
+            self._stream_begin = stream.state()
+        if folder:
+            stream.resume(json.loads(Path(folder, _STREAM_STATE).read_text()))
+            self.args.ignore_data_skip = True  # the stream begins there, nothing is left to skip
+            self._restore_rng_from = folder
+        else:
+            stream.resume(self._stream_begin)
 
     def _check_checkpoint(self, folder: str) -> None:
         """Whether this trainer can go on from a checkpoint as if it had not stopped."""
@@ -208,12 +187,12 @@ class QSparseTrainerMixin:
                 f"from its weights with model={folder}"
             )
         mark = checkpoint_facts(folder)
-        if mark is None and Path(folder).absolute().parent == Path(self.args.output_dir).absolute():
+        if mark is None and Path(folder).absolute().parent == Path(self._get_output_dir(trial=None)).absolute():
             raise UserError(f"{folder} was cut off while it was written; resume_from_checkpoint=last takes a whole one")
         mark = mark or {}
         if mark.get("save_only_model"):
             raise UserError(f"{folder} was saved with save_only_model and holds nothing to go on with but the weights")
-        for name, now in self.facts.items():
+        for name, now in self._all_facts().items():
             then = mark.get(name, now)
             if then != now:
                 raise UserError(f"{folder} is of a run with {name} {then}, and a run with {now} would be another one")
@@ -234,11 +213,17 @@ class QSparseTrainerMixin:
             self._latest_row = {
                 name: value[:1] for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim > 1
             }
+        name, read = main_input(inputs)
         longest = getattr(self.args, "max_length", None)  # TRL lays a batch of packed rows end to end
-        self._sequence_length = min(inputs["input_ids"].shape[-1], longest or math.inf)
+        self._sequence_length = min(read.shape[1], longest or math.inf)
+        padding = self.args.include_num_input_tokens_seen != "non_padding"
+        tokens = count_tokens(inputs, padding, getattr(self.processing_class, "pad_token_id", None))
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self.heartbeat.watch(self.state.global_step + 1, inputs["input_ids"], loss)
+        self.heartbeat.watch(self.state.global_step + 1, {name: read}, loss, tokens)
         return loss
+
+    def _track_num_input_tokens(self, inputs: dict) -> None:
+        """Leaves the counting to the heartbeat, which does it whatever is asked for, and once an update."""
 
     def compute_loss(
         self,
@@ -283,7 +268,7 @@ class QSparseTrainerMixin:
                 logs |= self._measure_distillation(logs["loss"])
             if self._latest_row is not None:
                 with self.heartbeat.stopwatch.paused():
-                    logs |= self._measure_sparsity()
+                    logs |= self._measure_sparsity(self._latest_row)
         super().log(logs, *args, **kwargs)
 
     def _measure_speed(self) -> dict[str, float]:
@@ -303,8 +288,8 @@ class QSparseTrainerMixin:
         weight = self.args.distill_weight
         return {"distill_kl": kl} | ({"cross_entropy": (loss - weight * kl) / (1 - weight)} if weight < 1 else {})
 
-    def _measure_sparsity(self) -> dict[str, float]:
-        row = self._prepare_inputs(self._latest_row)
+    def _measure_sparsity(self, row: dict[str, Tensor]) -> dict[str, float]:
+        row = self._prepare_inputs(row)
         if "attention_mask" in row and not row["attention_mask"].any():  # a row of padding alone says nothing
             return {}
         return sparsity_report(self.accelerator.unwrap_model(self.model), row).metrics()
@@ -324,7 +309,7 @@ class QSparseTrainerMixin:
             with without_shards(resume_from_checkpoint) as folder:
                 super()._load_from_checkpoint(folder, model)
 
-    def _issue_warnings_after_load(self, load_result: object) -> None:
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
         """As in Transformers, but tied weights are not missing."""
         if self._text_config.tie_word_embeddings:
             missing = load_result.missing_keys
@@ -342,7 +327,7 @@ class QSparseTrainerMixin:
         """As in Transformers, but whole or not there; older ones are deleted only once the new one is whole."""
         update, writes, run_dir = self.state.global_step, self.args.should_save, self._get_output_dir(trial=trial)
         schedule = {name: str(getattr(self.args, name)) for name in _SCHEDULE}
-        facts = self.facts | schedule | {"save_only_model": self.args.save_only_model}
+        facts = self._all_facts() | schedule | {"save_only_model": self.args.save_only_model}
         self.heartbeat.require_finite(self.model, self.args, update)
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
