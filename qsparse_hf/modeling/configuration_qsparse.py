@@ -2,12 +2,31 @@
 
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict, validated_field
-from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from .sparsity import Selection, check_block_size, check_rescale, check_sparsity
+
+if TYPE_CHECKING:
+
+    class _Config(PreTrainedConfig):  # what the mixin is mixed into
+        hidden_size: int
+        intermediate_size: int
+        num_attention_heads: int
+        num_hidden_layers: int
+        vocab_size: int
+else:
+    _Config = object
 
 
 class ProjectionGroup(NamedTuple):
@@ -49,7 +68,7 @@ def _tensor_parallel_plan(groups: dict[str, ProjectionGroup]) -> dict[str, str]:
 
 
 @dataclass(kw_only=True, repr=False)
-class QSparseConfigMixin:
+class QSparseConfigMixin(_Config):
     """The fields a Q-Sparse configuration adds to its dense family's.
 
     Args:
@@ -68,7 +87,7 @@ class QSparseConfigMixin:
             none; where a dense configuration would keep it and ignore it.
     """
 
-    sparsity: float | int = validated_field(check_sparsity, default=0.5)
+    sparsity: float | int = validated_field(lambda value: check_sparsity(value), default=0.5)
     sparsity_per_projection: dict | None = None
     sparsity_block_size: int | None = None
     sparsity_rescale: str = validated_field(lambda value: check_rescale(value, "sparsity_rescale"), default="none")

@@ -75,11 +75,16 @@ class QSparseAttention(Block):
     """
 
     config: Any
-    layer_idx: int
+    layer_idx: Any
     head_dim: int
     scaling: float
-    attention_dropout: float
-    o_proj: nn.Module
+    attention_dropout: Any
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    o_proj: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
     o_sparsify: Sparsify
     sliding_window: int | None = None
     qk_norm: ClassVar[bool] = False
@@ -130,7 +135,9 @@ class QSparseMLP(Block):
     """
 
     act_fn: nn.Module
-    down_proj: nn.Module
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
     down_sparsify: GLUSparsify
 
     def read(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -221,7 +228,7 @@ class QSparseModel(QSparsePreTrainedModel):
     norm_class: type = RMSNormSparsify
     sandwich_norms: ClassVar[bool] = False
     """Whether the family normalises the output of attention and feed-forward, too, before the residual sum."""
-    layers: nn.ModuleList
+    layers: Any  # a list of the family's decoder layers
 
     def __init__(self, config: QSparseConfigMixin) -> None:
         config.validate()  # fields may have been set since the config was made
@@ -241,6 +248,7 @@ class QSparseForCausalLM(QSparsePreTrainedModel, GenerationMixin):
     """A decoder with its LM head. A family names its base model's class."""
 
     base_class: type
+    config_class: type[QSparseConfigMixin]
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)

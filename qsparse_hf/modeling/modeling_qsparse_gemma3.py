@@ -17,6 +17,7 @@ class QSparseGemma3MLP(QSparseMLP, Gemma3MLP):
 
 class Gemma3RMSNormSparsify(RMSNormSparsify):
     unit_offset = True
+    eps: float
 
     @property
     def variance_epsilon(self) -> float:

@@ -16,7 +16,7 @@ class QSparsePhi3Attention(QSparseAttention, phi3.Phi3Attention):
 
     def read(self, x: Tensor) -> tuple[Tensor, ...]:  # diff with Llama: one linear
         return self.project(x, self.qkv_proj)[0].split(
-            [self.config.num_attention_heads * self.head_dim] + 2 * [self.num_key_value_heads * self.head_dim], dim=-1
+            [self.config.num_attention_heads * self.head_dim] + 2 * [self.config.num_key_value_heads * self.head_dim], dim=-1
         )
 
 

@@ -11,22 +11,16 @@ def kept_features(features: int, sparsity: float) -> int:
     return max(1, math.floor((1 - sparsity) * features + 0.5))
 
 
-def check_sparsity(value: object, name: str = "sparsity") -> float:
-    """Return `value` if it is a number with 0 <= value < 1.
-
-    Raises:
-        ValueError: it is anything else (a bool and NaN included); the message begins with `name`.
-    """
+def check_sparsity(value: object, name: str = "sparsity") -> None:
+    """Raise a ValueError that begins with `name` unless `value` is a number with 0 <= value < 1; NaN is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError(f"{name} must be a number with 0 <= {name} < 1 (the fraction of zeros), got {value!r}")
-    return value
 
 
-def check_rescale(value: object, name: str = "rescale") -> str:
-    """Return `value` if it names a rescale, else raise a ValueError that begins with `name`."""
+def check_rescale(value: object, name: str = "rescale") -> None:
+    """Raise a ValueError that begins with `name` unless `value` names a rescale."""
     if not isinstance(value, str) or value not in RESCALES:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, RESCALES))}, got {value!r}")
-    return value
 
 
 def check_block_size(value: object, features: int, name: str = "block_size", features_name: str = "features") -> None:
