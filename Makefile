@@ -18,6 +18,7 @@ test-oldest test-newest: test-%: .venv-%/.ready
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The environments; made anew when their description changes.
 $(READY): pyproject.toml constraints/pinned.txt

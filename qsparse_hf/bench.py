@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,20 +28,24 @@ from transformers import (
     PreTrainedModel,
     StaticCache,
 )
+from transformers.cache_utils import StaticLayer
 
 from .conversion import DTYPES
 from .decode.prepare import projection_groups
 from .decode.sparse_linear import sparse_linear
 from .errors import UserError, check_config, check_writable, user_errors
 from .measure import captured, interleaved, medians, print_table, write_json
-from .modeling.configuration_qsparse import GROUPS
-from .modeling.sparsify import Sparsify, select
+from .modeling.configuration_qsparse import GROUPS, QSparseConfigMixin
+from .modeling.modeling_qsparse import QSparsePreTrainedModel
+from .modeling.sparsify import Sparsify, Survivors, select
 from .modeling.sparsity import check_sparsity
 from .registration import FAMILIES
 
+T = TypeVar("T")
+
 _LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32}
 _LLAMA_3_8B = _LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
-SHAPES = {
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-2-7b": ("llama", _LLAMA_2_7B),
     "llama-3-8b": ("llama", _LLAMA_3_8B),
     "mistral-7b": ("mistral", _LLAMA_3_8B | {"vocab_size": 32000, "sliding_window": None}),
@@ -73,7 +78,7 @@ class _Clock(LogitsProcessor):
         return scores
 
 
-def _configs(name: str) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+def _configs(name: str) -> tuple[PreTrainedConfig, QSparseConfigMixin]:
     """The dense config of a shape, folder, file or Hub id, and its Q-Sparse twin."""
     if name in SHAPES:
         model_type, fields = SHAPES[name]
@@ -93,12 +98,13 @@ def _configs(name: str) -> tuple[PreTrainedConfig, PreTrainedConfig]:
     return AutoConfig.for_model(model_type, **dense), FAMILIES[model_type].config(**fields)
 
 
-def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> Any:
+    """A causal LM; `Any`, as Transformers annotates `generate` for a protocol that none of its models meets."""
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def _set_sparsity(model: PreTrainedModel, sparsity: float) -> None:
+def _set_sparsity(model: QSparsePreTrainedModel, sparsity: float) -> None:
     """Set the sparsity of every projection, and prepare the model for decoding."""
     model.restore()
     for module in model.modules():
@@ -107,9 +113,7 @@ def _set_sparsity(model: PreTrainedModel, sparsity: float) -> None:
     model.prepare_for_decode()
 
 
-def _generate(
-    model: PreTrainedModel, prompt: Tensor, new_tokens: int, cache: StaticCache | None
-) -> tuple[float, float]:
+def _generate(model: Any, prompt: Tensor, new_tokens: int, cache: StaticCache | None) -> tuple[float, float]:
     """Microseconds of `generate`, host and device: a token after the fourth, and the whole call with its prompt."""
     clock = _Clock()
     settled = 3
@@ -136,13 +140,13 @@ def _step(model: PreTrainedModel, cache: StaticCache, sequences: int) -> Callabl
     """A dense model's decode step, compiled and captured: a token's time without the host's work in `generate`."""
     run = torch.compile(model, fullgraph=True, dynamic=False)
     device = model.device
+    layers = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
     inputs = {
         "input_ids": torch.ones(sequences, 1, dtype=torch.long, device=device),
         "position_ids": torch.ones(sequences, 1, dtype=torch.long, device=device),
-        "attention_mask": torch.ones(sequences, 1, 1, cache.layers[0].max_cache_len, dtype=torch.bool, device=device),
+        "attention_mask": torch.ones(sequences, 1, 1, layers[0].max_cache_len, dtype=torch.bool, device=device),
     }
-
-    lengths = [layer.cumulative_length for layer in cache.layers]
+    lengths = [layer.cumulative_length for layer in layers]
 
     @torch.no_grad()
     def step() -> None:
@@ -155,7 +159,7 @@ def _step(model: PreTrainedModel, cache: StaticCache, sequences: int) -> Callabl
 
 def _graph_step(cache: StaticCache) -> Callable[[], None]:
     """A prepared model's decode step, as `generate` captured it."""
-    graph = cache.decode_graph
+    graph = vars(cache)["decode_graph"]
 
     def step() -> None:
         graph.graph.replay()
@@ -185,7 +189,7 @@ def _millijoules(step: Callable[[], None], seconds: float = 1.0) -> float | None
 
 def _decode_rows(
     dense: PreTrainedModel,
-    sparse: PreTrainedModel,
+    sparse: QSparsePreTrainedModel,
     sparsities: list[float],
     sequences: int,
     prompt_length: int,
@@ -197,22 +201,24 @@ def _decode_rows(
     on_gpu = device.type == "cuda"
     prompt = torch.randint(3, dense.config.vocab_size, (sequences, prompt_length), device=device)
     entries = prompt_length + new_tokens
-    caches = [StaticCache(config=model.config, max_cache_len=entries) if on_gpu else None for model in (dense, sparse)]
-    _generate(dense, prompt, 8, caches[0])  # compiles
-    dense_step = _step(dense, caches[0], sequences) if on_gpu else None
+    dense_cache, sparse_cache = (
+        StaticCache(config=model.config, max_cache_len=entries) if on_gpu else None for model in (dense, sparse)
+    )
+    _generate(dense, prompt, 8, dense_cache)  # compiles
+    dense_step = _step(dense, dense_cache, sequences) if dense_cache is not None else None
     for sparsity in sparsities:
         _set_sparsity(sparse, sparsity)
-        _generate(sparse, prompt, 8, caches[1])
-        runs = {"dense": (dense, caches[0]), "sparse": (sparse, caches[1])}
-        row = {"sparsity": sparsity, "sequences": sequences, "prompt": prompt_length}
-        row |= {kind: {name: [] for name in runs} for kind in ("generate", "whole")}
+        _generate(sparse, prompt, 8, sparse_cache)
+        runs = {"dense": (dense, dense_cache), "sparse": (sparse, sparse_cache)}
+        times: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in runs} for kind in ("generate", "whole")}
         for _ in range(rounds):
             for name, (model, cache) in runs.items():
                 token, whole = _generate(model, prompt, new_tokens, cache)
-                row["generate"][name].append(token)
-                row["whole"][name].append(whole)
-        if on_gpu:
-            steps = {"dense": dense_step, "sparse": _graph_step(caches[1])}
+                times["generate"][name].append(token)
+                times["whole"][name].append(whole)
+        row = {"sparsity": sparsity, "sequences": sequences, "prompt": prompt_length, **times}
+        if dense_step is not None and sparse_cache is not None:
+            steps = {"dense": dense_step, "sparse": _graph_step(sparse_cache)}
             row["step"] = interleaved(steps, 3 * rounds)
             row["millijoules"] = {name: _millijoules(step) for name, step in steps.items()}
         yield row
@@ -252,7 +258,8 @@ def _product_rows(
             selection = replace(selector.configured, sparsity=sparsity)
             survivors = partial(select, "topk", selection=selection, compact=True)
             kept = survivors((x,))
-            functions = {
+            assert isinstance(kept, Survivors)  # as `compact` asks for
+            functions: dict[str, Callable[[], object]] = {
                 "dense": partial(_each, partial(nn.functional.linear, x), usual),
                 "sparse": partial(_each, partial(sparse_linear, kept), weights),
                 "selection": partial(_each, survivors, [(x,)] * copies),
@@ -274,7 +281,7 @@ def _product_rows(
         del weights, usual, functions
 
 
-def _each(function: Callable[[Tensor], object], inputs: list[Tensor]) -> None:
+def _each(function: Callable[[T], object], inputs: Iterable[T]) -> None:
     for each in inputs:
         function(each)
 

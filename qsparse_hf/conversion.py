@@ -158,7 +158,7 @@ def convert_checkpoint(
     else:
         model = _empty_model(config, source)
         untied = [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
-        dtypes = dict.fromkeys(untied, config.dtype or torch.float32)
+        dtypes = dict.fromkeys(untied, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
     expected = model.state_dict()
     written = {
         name: torch.empty_like(expected[name], dtype=DTYPES[dtype] if dtype else held_dtype)
@@ -177,7 +177,7 @@ def convert_checkpoint(
 
     with _staging(output, overwrite, plan.size) as staging:
         _write_weights(staging, held, written, shards)
-        custom_object_save(model, staging, config=config)
+        custom_object_save(model, staging, config=config)  # type: ignore[arg-type]  # no dict, as its docstring allows
         _copy({*code, *(file for pattern in _COMPANIONS for file in folder.glob(pattern))}, folder, staging)
         if tokenizer_config:
             (staging / _TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")

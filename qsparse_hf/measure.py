@@ -6,7 +6,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -59,7 +59,7 @@ def captured(function: Callable[[], object], repeats: int) -> Callable[[], None]
     return replay
 
 
-def interleaved(functions: dict[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
     """Microseconds of each function, measured in turns, once in every round; a call does `repeats` of what is timed.
 
     Every measured call follows an unmeasured one of the same function, since the function before it leaves its own data
@@ -89,13 +89,14 @@ def _on_cpu(function: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e6
 
 
-def medians(times: dict[str, list[float]]) -> dict[str, float]:
+def medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def print_table(heading: list[str], rows: Iterable[list[object]]) -> None:
+def print_table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a Markdown table, each row as soon as it is measured."""
-    for row in chain([heading, ["---"] * len(heading)], rows):
+    head: list[Sequence[object]] = [heading, ["---"] * len(heading)]
+    for row in chain(head, rows):
         tqdm.write("| " + " | ".join(map(str, row)) + " |", file=sys.stdout)  # leaves progress bars intact
         sys.stdout.flush()
 
@@ -108,7 +109,7 @@ def write_json(path: Path, results: object) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": version("triton") if is_triton_available() else None,
-        "numba": version("numba") if IMPLS["numba"].missing() is None else None,
+        "numba": version("numba") if IMPLS["numba"].refuses([torch.empty(1)], asked=True) is None else None,
         "python": platform.python_version(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)

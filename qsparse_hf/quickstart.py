@@ -15,6 +15,7 @@ import sysconfig
 import textwrap
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -34,16 +35,19 @@ EVALUATED_CHARACTERS = 2000
 _MARKER = ".qsparse-quickstart"
 _END = "<|end|>"
 
-_MODEL = {
-    "vocab_size": 2048,
-    "hidden_size": 128,
-    "intermediate_size": 352,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": True,
-}
+_MODEL = LlamaConfig(
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+    bos_token_id=None,
+    eos_token_id=0,
+    pad_token_id=0,
+)
 _RUN = {
     "eval_strategy": "steps",
     "per_device_train_batch_size": 8,
@@ -83,7 +87,7 @@ def quickstart(output: str) -> None:
     corpus = write_corpus(folder)
     _write_questions(folder)
     train_tokenizer(corpus["train_data"], folder / "tokenizer")
-    LlamaConfig(**_MODEL, bos_token_id=None, eos_token_id=0, pad_token_id=0).to_json_file(folder / "model.json")
+    _MODEL.to_json_file(folder / "model.json")
 
     _say("2/6  A small dense Llama, trained from scratch")
     dense, sparse = folder / "dense", folder / "sparse"
@@ -94,8 +98,8 @@ def quickstart(output: str) -> None:
     print(convert_checkpoint(dense, folder / "converted", sparsity=SPARSITY))
 
     _say("4/6  Continue-training: the sparse model, and the dense one for comparison")
-    for name, start, output in (("sparse", folder / "converted", sparse), ("longer", dense, folder / "dense-longer")):
-        histories[name] = _train(folder / f"{output.name}.yaml", corpus | _CONTINUE | {"model": str(start)}, output)
+    for name, start, target in (("sparse", folder / "converted", sparse), ("longer", dense, folder / "dense-longer")):
+        histories[name] = _train(folder / f"{target.name}.yaml", corpus | _CONTINUE | {"model": str(start)}, target)
 
     _say("5/6  What the sparse model reads, measured on held-out modules")
     report = report_checkpoint(str(sparse), corpus["eval_data"], output=str(sparse), tokens=4096)
@@ -116,7 +120,7 @@ def write_corpus(folder: Path) -> dict[str, list[str]]:
         for path in sorted(library.rglob("*.py"))
         if not {"site-packages", "test", "tests", "idle_test"} & set(path.relative_to(library).parts)
     ]
-    texts = {"train": [], "eval": []}
+    texts: dict[str, list[str]] = {"train": [], "eval": []}
     for path in tqdm(modules, desc="reading modules", unit="file"):
         text = path.read_text(encoding="utf-8", errors="replace")
         if zlib.crc32(path.relative_to(library).as_posix().encode()) % 10:
@@ -155,7 +159,7 @@ def train_tokenizer(files: list[str], folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=_MODEL["vocab_size"],
+        vocab_size=_MODEL.vocab_size,
         special_tokens=[_END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -179,11 +183,11 @@ def _losses(history: list[dict], key: str) -> tuple[list[int], list[float]]:
 
 def _sample(folder: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)  # by its annotations it could not generate
     prompt = tokenizer("def __init__(self, ", return_tensors="pt")
     torch.manual_seed(0)
     tokens = model.generate(**prompt, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=40)
-    return tokenizer.decode(tokens[0])
+    return tokenizer.batch_decode(tokens)[0]
 
 
 _RELOAD = """

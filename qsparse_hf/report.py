@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .decode.prepare import as_restored
 from .errors import UserError, check_config, check_writable, user_errors
@@ -21,12 +22,13 @@ from .registration import FAMILIES, projection_groups_of
 _HEADINGS = {"qkv": "QKV", "o": "Out", "gate_up": "Gate/Up", "down": "Down"}
 
 
-def projections(model: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
-    """The linear projections of a model, Q-Sparse or dense, as (layer, group, module), with adapters or without.
+def projections(model: nn.Module) -> Iterator[tuple[int, str, nn.Linear]]:
+    """The linear projections of a model, Q-Sparse or dense, as (layer, group, linear), with adapters or without.
 
     None of a family that is not in `registration.FAMILIES`.
     """
-    decoder = next((each for each in model.modules() if isinstance(getattr(each, "layers", None), nn.ModuleList)), None)
+    with_layers = (each for each in model.modules() if isinstance(getattr(each, "layers", None), nn.ModuleList))
+    decoder: Any = next(with_layers, None)
     groups = {} if decoder is None else projection_groups_of(decoder.config)
     for number, layer in enumerate(decoder.layers if groups else ()):
         for name, group in groups.items():
@@ -34,17 +36,17 @@ def projections(model: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
                 yield number, name, layer.get_submodule(path)
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """Weights of the projections, and those that one token reads at the configured sparsity (the paper's N and Na)."""
     total = activated = 0
     config = model.config
-    for layer, group, module in projections(model):
-        features = module.in_features
+    for layer, group, linear in projections(model):
+        features = linear.in_features
         kept = features
         if isinstance(config, QSparseConfigMixin) and (selection := config.selection(group, layer)).sparsity > 0:
             kept = selection.kept(features)
-        total += module.out_features * features
-        activated += module.out_features * kept
+        total += linear.out_features * features
+        activated += linear.out_features * kept
     return total, activated
 
 
@@ -185,12 +187,12 @@ def sparsity_report(model: nn.Module, batch: Tensor | Mapping | Iterable[Tensor 
         for module in model.modules():
             if isinstance(module, QSparsePreTrainedModel) and module.is_prepared:
                 stack.enter_context(as_restored(module))  # decode products would not run the hooks
-        for layer, group, module in projections(model):
+        for layer, group, linear in projections(model):
             weights = parameters.setdefault(layer, dict.fromkeys(GROUPS, 0))
-            weights[group] += module.in_features * module.out_features
+            weights[group] += linear.in_features * linear.out_features
             if (layer, group) not in counters:  # the projections of a group read the same input
                 counters[layer, group] = counter = _ZeroCounter()
-                stack.callback(module.register_forward_pre_hook(counter).remove)
+                stack.callback(linear.register_forward_pre_hook(counter).remove)
         if not counters:
             known = ", ".join(FAMILIES)
             raise ValueError(f"{type(model).__name__} is of none of the families {known}, whose projections are known")
@@ -204,7 +206,7 @@ def sparsity_report(model: nn.Module, batch: Tensor | Mapping | Iterable[Tensor 
                 counter.mask = mask.bool() if mask is not None else None
             model(**inputs, use_cache=False)
 
-    tokens = int(next(iter(counters.values())).tokens)
+    tokens = next(iter(counters.values())).tokens
     if tokens == 0:
         raise ValueError("the batch holds no tokens")
     sparsity = [{group: counters[layer, group].fraction() for group in parameters[layer]} for layer in parameters]
@@ -253,14 +255,15 @@ class _ZeroCounter:
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
-        self.zeros = self.entries = self.tokens = 0
+        self.zeros: Tensor | int = 0  # a tensor stays on its device until `fraction`
+        self.entries = self.tokens = 0
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> None:
         x = args[0].detach()
         if self.mask is not None and self.mask.shape == x.shape[:-1]:  # prompt tuning, for one, adds positions
             x = x[self.mask.to(x.device)]
         x = x.reshape(-1, x.shape[-1])
-        self.zeros += (x == 0).sum()  # stays on the device until `fraction`
+        self.zeros += (x == 0).sum()
         self.entries += x.numel()
         self.tokens += x.shape[0]
 

@@ -31,9 +31,12 @@ ORDER = [
 
 
 def local_imports(path) -> list[tuple[int, str]]:
-    """(level, module) of every relative import, wherever it stands."""
+    """(level, module) of every relative import, wherever it stands, but for those that only a type checker reads."""
     tree = ast.parse(path.read_text())
-    return [(n.level, n.module or "") for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and getattr(n.test, "id", "") == "TYPE_CHECKING"]
+    unread = {id(n) for block in blocks for statement in block.body for n in ast.walk(statement)}
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level and id(n) not in unread]
+    return [(n.level, n.module or "") for n in found]
 
 
 def name_of(path) -> str:
@@ -117,5 +120,5 @@ def test_what_ships_to_the_hub_is_flat_and_self_contained(path):
 @pytest.mark.parametrize("path", FAMILY_FILES, ids=name_of)
 def test_a_family_states_only_its_difference(path):
     functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
-    assert all(len(function.body) == 1 for function in functions)
+    assert all(len(function.body) <= 2 for function in functions)
     assert len(path.read_text().splitlines()) <= 40

@@ -156,8 +156,8 @@ def test_families_keep_what_makes_them_differ(tokens):
     mistral, qwen2 = make(sparse_config("mistral")), make(sparse_config("qwen2"))
     assert qwen2.model.layers[0].self_attn.q_proj.bias is not None
     assert qwen2.config.layer_types == ["full_attention", "sliding_attention"]
-    assert [layer.self_attn.sliding_window for layer in qwen2.model.layers] == [None, 8]
-    assert [layer.self_attn.sliding_window for layer in mistral.model.layers] == [8, 8]
+    assert [layer.self_attn.window() for layer in qwen2.model.layers] == [None, 8]
+    assert [layer.self_attn.window() for layer in mistral.model.layers] == [8, 8]
     # Two layers of window 8 see 15 tokens: the 24th does not notice the first.
     changed = tokens.clone()
     changed[:, 0] = (tokens[:, 0] + 1) % TINY["vocab_size"]

@@ -6,6 +6,7 @@ No other file depends on the internals of `generate`, so that a new Transformers
 import math
 import threading
 from functools import wraps
+from typing import Any
 
 import torch
 from transformers import Cache, GenerationMixin
@@ -32,6 +33,8 @@ def _is_transformers(some_class: type) -> bool:
     return some_class.__module__.partition(".")[0] == "transformers"
 
 
+# Transformers annotates `self` of these methods as a protocol that its own models do not meet, and their other
+# arguments as one of the versions has them: what is ignored below.
 class PreparedGeneration(QSparseForCausalLM):
     """A causal LM whose decode steps replay a CUDA graph where they can; mixed in before the model's own class."""
 
@@ -51,20 +54,19 @@ class PreparedGeneration(QSparseForCausalLM):
         )
 
     @wraps(GenerationMixin.generate)
-    def generate(self, *args, **kwargs):
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         outer = _call.cache, _call.decoding
         _call.cache = _call.decoding = None
         try:
-            return super().generate(*args, **kwargs)
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
             if _call.cache is not None and self.is_prepared:
                 self._spare_cache = _call.cache
             _call.cache, _call.decoding = outer
 
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ) -> None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *sizes):
         """As in Transformers, but on a GPU a static cache unless another is asked for; the last call's if it fits."""
+        batch_size, max_cache_length = sizes
         ours = (
             self._steps_as_usual
             and has_graphs(self.device)
@@ -80,10 +82,9 @@ class PreparedGeneration(QSparseForCausalLM):
             # Phi-3's own `prepare_inputs_for_generation` drops a cache where it grows past this.
             and max_cache_length <= getattr(self.config, "original_max_position_embeddings", math.inf)
         )
+        usual: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
         if not ours:
-            return super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
+            return usual(generation_config, model_kwargs, generation_mode, *sizes)
         generation_config.cache_implementation = "static"
         sequences = batch_size * generation_config.num_return_sequences
         size = sequences, torch.is_inference_mode_enabled()
@@ -92,9 +93,7 @@ class PreparedGeneration(QSparseForCausalLM):
             spare.reset()
             model_kwargs[CACHE] = spare
         else:
-            super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
+            usual(generation_config, model_kwargs, generation_mode, *sizes)
             spare = model_kwargs[CACHE]
             spare.size, spare.asked = size, max_cache_length
         _call.cache = spare
@@ -115,9 +114,9 @@ class PreparedGeneration(QSparseForCausalLM):
         return _call.decoding
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # Transformers inspects the signature
-    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in Transformers; where a graph decodes, only what it reads, as the GPU waits for the host meanwhile."""
         decoding, cache = _call.decoding, kwargs.get(CACHE)
         if kwargs.get("next_sequence_length") == 1 and decoding is not None and decoding.goes_on(input_ids, cache):
             return {"input_ids": input_ids[:, -1:], CACHE: cache}
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]

@@ -7,12 +7,13 @@ the prepared model without compiling it.
 
 import logging
 from collections.abc import Callable
+from typing import Any, cast
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from transformers.utils import is_triton_available
 
@@ -22,11 +23,11 @@ from .attention import STEP_IMPLS
 from .transformers_names import CACHE
 
 
-def _has_room(layer: CacheLayerMixin) -> bool:
+def _has_room(layer: object) -> bool:
     """Whether the next entry is appended behind the last one. False for a sliding window that is full, which shifts."""
     if type(layer) is StaticSlidingWindowLayer:
-        return layer.is_initialized and layer.cumulative_length_int < layer.max_cache_len
-    return type(layer) is StaticLayer and layer.is_initialized
+        return bool(layer.is_initialized and layer.cumulative_length_int < layer.max_cache_len)
+    return type(layer) is StaticLayer and bool(layer.is_initialized)
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -40,7 +41,7 @@ def _rope_types(config: PreTrainedConfig) -> set[str]:
     return {of_layers["rope_type"] for of_layers in each if of_layers}
 
 
-def obstacle(model: nn.Module, cache: object) -> str | None:
+def obstacle(model: Any, cache: object) -> str | None:
     """Why a forward of one token a sequence over this cache cannot run as a CUDA graph, or None if it can."""
     config, head_size = model.config, model.base_model.layers[0].self_attn.head_dim
     weight = model.base_model.layers[0].mlp.down_proj.weight
@@ -63,7 +64,7 @@ def obstacle(model: nn.Module, cache: object) -> str | None:
     return None
 
 
-def fits(model: nn.Module, cache: object, length: int) -> bool:
+def fits(model: Any, cache: object, length: int) -> bool:
     """Whether a forward of `length` tokens a sequence over this cache can run as a CUDA graph; if not, logs why."""
     if length != 1 or not has_graphs(model.device):
         return False
@@ -79,35 +80,45 @@ class DecodeGraph:
     overwritten by the next one.
     """
 
-    def __init__(self, model: nn.Module, cache: Cache, sequences: int) -> None:
+    def __init__(self, model: Any, cache: Cache, sequences: int) -> None:
         device = model.device
-        self.model = ref(model)
-        self.cache = ref(cache)
-        self.entries = max(layer.max_cache_len for layer in cache.layers)
+        layers = cast("list[StaticLayer]", cache.layers)  # as `obstacle` has found
+        self._model = ref(model)
+        self._cache = ref(cache)
+        self.entries = max(layer.max_cache_len for layer in layers)
         self.tokens = torch.zeros(sequences, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros_like(self.tokens)
         self.mask = torch.ones(sequences, 1, 1, self.entries, dtype=torch.bool, device=device)
-        self.keys = cache.layers[-1].keys
-        self.lengths = [layer.cumulative_length for layer in cache.layers]
-        self.windows = [layer for layer in cache.layers if type(layer) is StaticSlidingWindowLayer]
+        self.keys = layers[-1].keys
+        self.lengths = [layer.cumulative_length for layer in layers]
+        self.windows = [layer for layer in layers if type(layer) is StaticSlidingWindowLayer]
         heads = model.config.num_attention_heads
         self.arrived = torch.zeros(sequences * heads, dtype=torch.int32, device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: Any = None  # a CUDA graph, once it is captured
         self.captured: object = None
 
-    def __reduce__(self):
+    @property
+    def model(self) -> Any:
+        """The model, which outlives every step."""
+        return self._model()
+
+    @property
+    def cache(self) -> Any:
+        """The cache, which owns this."""
+        return self._cache()
+
+    def __reduce__(self) -> tuple:
         return type(None), ()  # None: a cache that is copied or pickled loses its graph
 
     def _inside(self) -> tuple:
         """What the graph has baked in, addresses of weights and selections: it is captured again when these change."""
-        model = self.model()
-        places = tuple(parameter.data_ptr() for parameter in model.parameters())
-        return places, tuple(module.selection for module in model.modules() if isinstance(module, Sparsify))
+        places = tuple(parameter.data_ptr() for parameter in self.model.parameters())
+        return places, tuple(module.selection for module in self.model.modules() if isinstance(module, Sparsify))
 
     @property
     def moved(self) -> bool:
         """Whether the cache has other tensors than when the graph was made: beam search replaces them in every step."""
-        return self.cache().layers[-1].keys is not self.keys
+        return self.cache.layers[-1].keys is not self.keys
 
     def serves(self, sequences: int) -> bool:
         """Whether this graph can run the cache's next step, for that many sequences."""
@@ -122,21 +133,22 @@ class DecodeGraph:
         cos: Tensor,
         sin: Tensor,
         layer: StaticLayer,
-        mask: Tensor,
+        mask: Tensor | None,
         scaling: float,
     ) -> Tensor:
         """The attention of one layer between its projections; see `StepImplementation`."""
-        entries = layer.keys, layer.values, self.lengths[0]
-        return STEP_IMPLS["triton"].attend(query, key, value, cos, sin, *entries, mask, scaling, self.arrived)
+        keys, values = cast("tuple[Tensor, Tensor]", (layer.keys, layer.values))
+        step = STEP_IMPLS["triton"]
+        return step.attend(query, key, value, cos, sin, keys, values, self.lengths[0], mask, scaling, self.arrived)
 
     def _step(self) -> Tensor:
-        outputs = self.model()(
+        outputs = self.model(
             self.tokens,
             position_ids=self.positions,
             attention_mask=self.mask,
             use_cache=True,
             decode_step=self,
-            **{CACHE: self.cache()},
+            **{CACHE: self.cache},
         )
         torch._foreach_add_([*self.lengths, self.positions], 1)
         return outputs.logits
@@ -183,13 +195,14 @@ class DecodeGraph:
             self.graph.replay()
         for layer in self.windows:
             layer.cumulative_length_int += 1
-        return CausalLMOutputWithPast(logits=self.logits, **{CACHE: self.cache()})
+        outputs: dict[str, Any] = {"logits": self.logits, CACHE: self.cache}
+        return CausalLMOutputWithPast(**outputs)
 
 
 class Decoding:
     """The decode function of one call of `generate`: the graph where it fits, else the forward that was given."""
 
-    def __init__(self, model: nn.Module, forward: Callable) -> None:
+    def __init__(self, model: Any, forward: Callable[..., ModelOutput]) -> None:
         self.model = model
         self.forward = forward
         self.graph: DecodeGraph | None = None
@@ -197,13 +210,13 @@ class Decoding:
     def goes_on(self, input_ids: Tensor, cache: object) -> bool:
         """Whether the graph runs the next step too, which then needs nothing but the token."""
         graph = self.graph
-        if graph is None or cache is None or graph.cache() is not cache or not self.model.is_prepared:
+        if graph is None or cache is None or graph.cache is not cache or not self.model.is_prepared:
             return False
         return graph.serves(len(input_ids))
 
-    def __call__(self, input_ids: Tensor, **inputs) -> ModelOutput:
-        cache = inputs.get(CACHE)  # none where a family begins a new one
-        if self.goes_on(input_ids, cache):
+    def __call__(self, input_ids: Tensor, **inputs: Any) -> ModelOutput:
+        cache: Any = inputs.get(CACHE)  # none where a family begins a new one
+        if self.graph is not None and self.goes_on(input_ids, cache):
             return self.graph(input_ids)
         if inputs.get("output_attentions") or inputs.get("output_hidden_states"):
             return self.model(input_ids=input_ids, **inputs)
@@ -212,7 +225,7 @@ class Decoding:
         graph = getattr(cache, "decode_graph", None)
         if graph is not None and graph.moved:
             return self.model(input_ids=input_ids, **inputs)
-        if graph is None or graph.model() is not self.model or not graph.serves(len(input_ids)):
+        if graph is None or graph.model is not self.model or not graph.serves(len(input_ids)):
             graph = cache.decode_graph = DecodeGraph(self.model, cache, len(input_ids))
         self.graph = graph
         graph.start(inputs.get("position_ids"), inputs.get("attention_mask"))

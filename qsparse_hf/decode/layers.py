@@ -6,7 +6,7 @@ it read the weights of these features alone. The products also add the residual,
 
 import logging
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ class Prepared:
 
     unprepared: ClassVar[type]
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
-        _, _, *rest = super().__reduce_ex__(protocol)  # pickle finds classes by name, and this one is made at run time
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
+        # Pickle finds classes by name, and this one is made at run time.
+        _, _, *rest = cast("tuple", super().__reduce_ex__(protocol))
         return _new_prepared, (Prepared.mixin_of(type(self)), self.unprepared), *rest
 
     @staticmethod
@@ -42,7 +43,7 @@ def prepared_class(mixin: type, unprepared: type) -> type:
 
 def _new_prepared(mixin: type, unprepared: type) -> object:
     made = prepared_class(mixin, unprepared)
-    return made.__new__(made)
+    return object.__new__(made)
 
 
 class PreparedSparsify(Prepared, Sparsify):
@@ -52,8 +53,7 @@ class PreparedSparsify(Prepared, Sparsify):
     """The largest number of tokens for which it does; 0 where the projections behind are not laid out."""
 
     def select(self, form: str, *inputs: object) -> Tensor | Survivors:
-        compact = self._compacts(inputs[0])
-        return select(form, inputs, self.selection, compact=compact)
+        return select(form, inputs, self.selection, compact=self._compacts(cast("Tensor", inputs[0])))
 
     def _compacts(self, x: Tensor) -> bool:
         if self.few == 0 or torch.is_grad_enabled() or self.selection.sparsity == 0:
@@ -73,7 +73,7 @@ class PreparedSparsify(Prepared, Sparsify):
 class PreparedBlock(Prepared, Block):
     """A block whose projections read tensors or survivors."""
 
-    def project(self, x: Tensor | Survivors, *linears: nn.Module, residual: Tensor | None = None) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor | Survivors, *linears: nn.Linear, residual: Tensor | None = None) -> tuple[Tensor, ...]:
         return project(x, *linears, residual=residual)
 
 
@@ -83,20 +83,23 @@ class PreparedAttention(PreparedBlock, QSparseAttention):
     def forward(
         self,
         hidden_states: Tensor | Survivors,  # [B, T, D], sparse
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: Any = None,  # cosines and sines
         attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
         residual: Tensor | None = None,  # [B, T, D], added to the output
         decode_step: DecodeGraph | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        cache = take_cache(kwargs)
+        **kwargs: Any,
+    ) -> Any:  # [B, T, D], and the attention's weights or None
+        cache = take_cache(past_key_values, kwargs)
         query, key, value = self.read(hidden_states)
         token_shape = query.shape[:-1]
         weights = None
         if decode_step is not None:
-            flat = (heads.transpose(1, 2).flatten(2) for heads in self.split_heads(query, key, value))
+            heads = self.split_heads(query, key, value)
+            query, key, value = (each.transpose(1, 2).flatten(2) for each in heads)
             layer = cache.layers[self.layer_idx]
-            output = decode_step.attend(*flat, *position_embeddings, layer, attention_mask, self.scaling)
+            cos, sin = position_embeddings
+            output = decode_step.attend(query, key, value, cos, sin, layer, attention_mask, self.scaling)
         else:
             query, key, value = self.split_heads(query, key, value)
             query, key = self.rotate(query, key, *position_embeddings)
@@ -106,7 +109,7 @@ class PreparedAttention(PreparedBlock, QSparseAttention):
             output = output.reshape(*token_shape, -1).contiguous()
         return self.project(self.o_sparsify(output), self.o_proj, residual=residual)[0], weights
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs) -> tuple:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple:
         implementation = self.config._attn_implementation
         if not self.training and is_slow(query, key, attention_mask, implementation, kwargs):
             return attend(query, key, value, attention_mask, self.scaling), None
@@ -117,13 +120,18 @@ class PreparedMLP(PreparedBlock, QSparseMLP):
     """Feed-forward of a prepared model."""
 
     def forward(self, x: Tensor | Survivors, residual: Tensor | None = None) -> Tensor:
-        return self.project(self.down_sparsify(*self.read(x), self.act_fn), self.down_proj, residual=residual)[0]
+        return self.project(self.down_sparsify(*self.read(x), self.activation()), self.down_proj, residual=residual)[0]
 
 
 class PreparedDecoderLayer(Prepared, nn.Module):
     """A decoder layer whose residuals are added by the products of `o_proj` and `down_proj`."""
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    input_layernorm: PreparedSparsify
+    post_attention_layernorm: PreparedSparsify
+    self_attn: PreparedAttention
+    mlp: PreparedMLP
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         if self.training:  # some families have dropout between product and sum
             return super().forward(hidden_states, **kwargs)
         x = self.input_layernorm(hidden_states)

@@ -8,6 +8,7 @@ Shapes: D features in, N features out.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class Rows:
         for linear in linears:
             end = start + linear.out_features
             linear.weight.data = self.weight[:, start:end].t()
-            if linear.bias is not None:
+            if linear.bias is not None and self.bias is not None:
                 linear.bias.data = self.bias[start:end]
             start = end
         self.places = self._places(linears)
@@ -63,7 +64,7 @@ def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
 class InputMajorLinear(nn.Linear):
     """A linear with an input-major weight. Its forward is the dense product, for prompts and larger batches."""
 
-    rows: Rows | None
+    rows: Any  # `Rows`, or None
     """None after a parameter was replaced; the next product lays the weights out again."""
 
     def register_parameter(self, name: str, parameter: nn.Parameter | None) -> None:  # `linear.weight = ...` calls it
@@ -116,7 +117,7 @@ def lay_out(*linears: nn.Linear) -> None:
         rows = Rows(linears)
     for linear in linears:
         linear.__class__ = InputMajorLinear
-        linear.rows = rows
+        cast("InputMajorLinear", linear).rows = rows
 
 
 def put_back(*linears: nn.Linear) -> None:
@@ -130,7 +131,7 @@ def put_back(*linears: nn.Linear) -> None:
         del linear.rows
 
 
-def _rows_of(linears: Sequence[InputMajorLinear]) -> Rows:
+def _rows_of(linears: Sequence[Any]) -> Rows:
     """The linears' common weight; laid out again where parameters were replaced, which breaks a compiled graph."""
     rows = linears[0].rows
     known = all(linear.rows is rows is not None for linear in linears)
@@ -141,7 +142,7 @@ def _rows_of(linears: Sequence[InputMajorLinear]) -> Rows:
 
 
 @torch.compiler.disable
-def _lay_out_again(*linears: InputMajorLinear) -> None:
+def _lay_out_again(*linears: nn.Linear) -> None:
     lay_out(*linears)
 
 

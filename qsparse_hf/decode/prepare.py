@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -44,8 +44,9 @@ _MIXINS = {
 }
 
 
-def _take_on(module: nn.Module, mixin: type) -> None:
-    module.__class__ = prepared_class(mixin, type(module))
+def _take_on(module: Any, mixin: type) -> None:
+    unprepared: Any = type(module)
+    module.__class__ = prepared_class(mixin, unprepared)
 
 
 def prepare(model: QSparsePreTrainedModel) -> None:
@@ -66,7 +67,7 @@ def prepare(model: QSparsePreTrainedModel) -> None:
                     _take_on(module, mixin)
                     break
         if not model.base_model.sandwich_norms:  # else what comes of a product is no part of a sum
-            for layer in model.base_model.layers:
+            for layer in _layers(model):
                 _take_on(layer, PreparedDecoderLayer)
         for _, selector, linears in projection_groups(model):
             if selector.configured.sparsity > 0:
@@ -100,9 +101,13 @@ def as_restored(model: QSparsePreTrainedModel) -> Iterator[None]:
             prepare(model)
 
 
-def projection_groups(model: QSparsePreTrainedModel) -> Iterator[tuple[int, Sparsify, dict[str, nn.Linear]]]:
+def _layers(model: QSparsePreTrainedModel) -> Any:
+    return model.base_model.layers
+
+
+def projection_groups(model: QSparsePreTrainedModel) -> Iterator[tuple[int, Any, dict[str, nn.Linear]]]:
     """Each projection group: the layer's number, the module that selects, the linears that read from it, by path."""
-    for number, layer in enumerate(model.base_model.layers):
+    for number, layer in enumerate(_layers(model)):
         for group in model.config.projection_groups.values():
             linears = {path: layer.get_submodule(path) for path in group.linears}
             yield number, layer.get_submodule(group.selector), linears

@@ -492,7 +492,8 @@ def padded_length(kept: int) -> int:
 def new_lists(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Empty lists for values and indices of survivors, `[..., K]` each, on `x`'s device, with padded rows."""
     room = *shape[:-1], padded_length(shape[-1])
-    return tuple(x.new_empty(room, dtype=each)[..., : shape[-1]] for each in (dtype, torch.int32))
+    values, indices = (x.new_empty(room, dtype=each)[..., : shape[-1]] for each in (dtype, torch.int32))
+    return values, indices
 
 
 def is_padded(part: Tensor) -> bool:
@@ -608,7 +609,7 @@ def launch_sparsify(
     options = {"maxnreg": registers} if registers and not torch.version.hip else {}
     programs = triton.cdiv(tokens, tile.tokens)
     values, indices, words = None, None, None
-    if compact:
+    if survivors is not None:
         options |= launch_options(x)
         values, indices = survivors
         words = x.new_empty(programs * tile.tokens * tile.units * tile.words, dtype=torch.int64)

@@ -49,7 +49,7 @@ def _rms_norm_topk(
 
 def _dtype_of(producer: str, x: Tensor, other: Tensor | None) -> torch.dtype:
     """Of what a producer makes of `x`."""
-    return torch.promote_types(x.dtype, other.dtype) if producer == NORMS[False] else x.dtype
+    return torch.promote_types(x.dtype, other.dtype) if other is not None and producer == NORMS[False] else x.dtype
 
 
 @torch.library.custom_op("qsparse::glu_topk", mutates_args=())

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class Implementation(Protocol):
 T = TypeVar("T", bound=Implementation)
 
 
-def prefer(implementations: dict[str, T], name: str, implementation: T) -> None:
+def prefer(implementations: dict[str, Any], name: str, implementation: Implementation) -> None:
     """Add an implementation ahead of those that a table holds: the first that takes the tensors runs."""
     rest = dict(implementations)
     implementations.clear()

@@ -11,7 +11,7 @@ B batch, T tokens, D hidden size, H heads, d head size.
 import os
 from collections.abc import Callable
 from inspect import signature
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 from transformers.utils import logging
 
 from .configuration_qsparse import QSparseConfigMixin
-from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify
+from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify, Survivors
 
 NEWEST_TESTED = (5, 24)
 """Of Transformers, as `pyproject.toml` has it."""
@@ -54,16 +54,15 @@ _CACHE_IS_CALLED_CACHE = "cache" in signature(LlamaAttention.forward).parameters
 """Since Transformers 5.24; before it, `cache` was a paged one beside `past_key_values`, for attention functions."""
 
 
-def take_cache(kwargs: dict[str, Any]) -> Any:
-    """Remove the KV cache, or None, from what a decoder layer passes to its attention, and return it."""
-    cache = kwargs.pop("past_key_values", None)
-    return kwargs.pop("cache", cache) if _CACHE_IS_CALLED_CACHE else cache
+def take_cache(past_key_values: Any, kwargs: dict[str, Any]) -> Any:
+    """The KV cache, or None, that a decoder layer passes to its attention by either name; `kwargs` loses it."""
+    return kwargs.pop("cache", past_key_values) if _CACHE_IS_CALLED_CACHE else past_key_values
 
 
 class Block(nn.Module):
     """A part of a decoder layer with projections."""
 
-    def project(self, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor | Survivors, *linears: nn.Linear) -> tuple[Tensor, ...]:
         """What each linear makes of `x [B, T, D]`; what prepares a model for decoding overrides it."""
         return tuple(linear(x) for linear in linears)
 
@@ -83,16 +82,15 @@ class QSparseAttention(Block):
     k_proj: nn.Linear
     v_proj: nn.Linear
     o_proj: nn.Linear
-    q_norm: nn.Module
-    k_norm: nn.Module
+    q_norm: Any
+    k_norm: Any
     o_sparsify: Sparsify
-    sliding_window: int | None = None
     qk_norm: ClassVar[bool] = False
     """Whether the family normalises each head's query and key, by its `q_norm` and `k_norm`."""
     rotate: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(apply_rotary_pos_emb)
     """The family's rotary embedding of query and key."""
 
-    def read(self, x: Tensor) -> tuple[Tensor, ...]:
+    def read(self, x: Tensor | Survivors) -> tuple[Tensor, ...]:
         """Query, key and value `[B, T, H * d]` of a sparse `x`."""
         return self.project(x, self.q_proj, self.k_proj, self.v_proj)
 
@@ -103,21 +101,26 @@ class QSparseAttention(Block):
         )
         return (self.q_norm(query), self.k_norm(key), value) if self.qk_norm else (query, key, value)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs) -> tuple:
+    def window(self) -> int | None:
+        """How many entries a token attends to; None for all."""
+        return getattr(self, "sliding_window", None)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple:
         """What the configured attention function returns: `[B, T, H, d]`, and the weights or None."""
         function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
-        options = {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.sliding_window}
+        options = {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.window()}
         return function(self, query, key, value, attention_mask, **options, **kwargs)
 
     def forward(
         self,
         hidden_states: Tensor,  # [B, T, D], sparse
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: Any = None,  # cosines and sines
         attention_mask: Tensor | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        cache = take_cache(kwargs)
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:  # [B, T, D], and the attention's weights or None
+        cache = take_cache(past_key_values, kwargs)
         token_shape = hidden_states.shape[:-1]
         query, key, value = self.split_heads(*self.read(hidden_states))
         query, key = self.rotate(query, key, *position_embeddings)
@@ -140,20 +143,23 @@ class QSparseMLP(Block):
     down_proj: nn.Linear
     down_sparsify: GLUSparsify
 
-    def read(self, x: Tensor) -> tuple[Tensor, ...]:
+    def read(self, x: Tensor | Survivors) -> tuple[Tensor, ...]:
         """Gate and up of a sparse `x`."""
         return self.project(x, self.gate_proj, self.up_proj)
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, T, D], sparse
-        return self.down_proj(self.down_sparsify(*self.read(x), self.act_fn))
+    def activation(self) -> nn.Module:
+        """That of the gate."""
+        return self.act_fn
+
+    def forward(self, x: Tensor | Survivors) -> Tensor:  # [B, T, D], sparse
+        return self.down_proj(self.down_sparsify(*self.read(x), self.activation()))
 
 
-class Decoder(Protocol):
-    """What prepares models for decoding: the room `decode` of the package, which does not travel with a checkpoint."""
+class Decoder(NamedTuple):
+    """What prepares models for decoding, and undoes it: functions of the package that do not ship with a checkpoint."""
 
-    def prepare(self, model: PreTrainedModel) -> None: ...
-
-    def restore(self, model: PreTrainedModel) -> None: ...
+    prepare: Callable[[Any], None]
+    restore: Callable[[Any], None]
 
 
 class QSparsePreTrainedModel(PreTrainedModel):

@@ -19,8 +19,7 @@ class Gemma3RMSNormSparsify(RMSNormSparsify):
     unit_offset = True
     eps: float
 
-    @property
-    def variance_epsilon(self) -> float:
+    def epsilon(self) -> float:
         return self.eps
 
 

@@ -7,8 +7,7 @@ from .modeling_qsparse import QSparseAttention, QSparseForCausalLM, QSparseMLP, 
 
 
 class QSparseMistralAttention(QSparseAttention, MistralAttention):
-    @property
-    def sliding_window(self) -> int | None:  # diff with Llama: every layer has the config's window
+    def window(self) -> int | None:  # diff with Llama: every layer has the config's window
         return self.config.sliding_window
 
 

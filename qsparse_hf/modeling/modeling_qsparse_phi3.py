@@ -5,27 +5,25 @@ from transformers.models.phi3 import modeling_phi3 as phi3
 
 from .configuration_qsparse import QSparsePhi3Config
 from .modeling_qsparse import QSparseAttention, QSparseForCausalLM, QSparseMLP, QSparseModel
+from .sparsify import Survivors
 
 
 class QSparsePhi3Attention(QSparseAttention, phi3.Phi3Attention):
     rotate = staticmethod(phi3.apply_rotary_pos_emb)  # diff with Llama: of a part of each head, perhaps
 
-    @property
-    def sliding_window(self) -> int | None:  # diff with Llama: every layer has the config's window
+    def window(self) -> int | None:  # diff with Llama: every layer has the config's window
         return self.config.sliding_window
 
-    def read(self, x: Tensor) -> tuple[Tensor, ...]:  # diff with Llama: one linear
-        return self.project(x, self.qkv_proj)[0].split(
-            [self.config.num_attention_heads * self.head_dim] + 2 * [self.config.num_key_value_heads * self.head_dim], dim=-1
-        )
+    def read(self, x: Tensor | Survivors) -> tuple[Tensor, ...]:  # diff with Llama: one linear
+        heads = self.config.num_attention_heads, *2 * [self.config.num_key_value_heads]
+        return self.project(x, self.qkv_proj)[0].split([count * self.head_dim for count in heads], dim=-1)
 
 
 class QSparsePhi3MLP(QSparseMLP, phi3.Phi3MLP):
-    @property
-    def act_fn(self) -> nn.Module:
+    def activation(self) -> nn.Module:
         return self.activation_fn
 
-    def read(self, x: Tensor) -> tuple[Tensor, ...]:  # diff with Llama: one linear
+    def read(self, x: Tensor | Survivors) -> tuple[Tensor, ...]:  # diff with Llama: one linear
         return self.project(x, self.gate_up_proj)[0].chunk(2, dim=-1)
 
 

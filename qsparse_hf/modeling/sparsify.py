@@ -391,15 +391,19 @@ class RMSNormSparsify(Sparsify):
     unit_offset: ClassVar[bool] = False
     """Whether the gain is `1 + weight`: see `rms_norm`."""
 
+    def epsilon(self) -> float:
+        """What is added to the mean square."""
+        return self.variance_epsilon
+
     def forward(self, x: Tensor, selection: Selection | None = None) -> Tensor | Survivors:
         """The norm's survivors of `x [..., D]`, by another `selection` than the configured one if that is given."""
-        inputs = x, self.weight, self.variance_epsilon, self.unit_offset
+        inputs = x, self.weight, self.epsilon(), self.unit_offset
         if selection is not None:
             return select("rms_norm_topk", inputs, selection)
         return self.select("rms_norm_topk", *inputs)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}, {super().extra_repr()}"
+        return f"{tuple(self.weight.shape)}, eps={self.epsilon()}, {super().extra_repr()}"
 
 
 class GLUSparsify(Sparsify):

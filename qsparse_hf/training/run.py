@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from datasets import Dataset
@@ -17,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerState,
+    TrainingArguments,
     get_scheduler,
     set_seed,
 )
@@ -32,7 +34,7 @@ from .data import collate_packed, pack_on_disk
 from .faults import complete_checkpoints
 from .recipe import BOOLEANS, Recipe, RunArguments, parse
 from .streaming import PackedStream
-from .trainer import QSparseTrainer
+from .trainer import QSparseTrainer, QSparseTrainerMixin
 from .training_report import write_training_report
 
 logger = logging.get_logger(__name__)
@@ -83,12 +85,12 @@ def load_model(arguments: RunArguments, trained: str | None = None) -> PreTraine
             model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=arguments.dtype)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=arguments.dtype)
-    if trained and arguments.lora:
-        model = PeftModel.from_pretrained(model, trained, is_trainable=True)
-    elif arguments.lora:
-        with user_errors("lora"):
-            model = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM"} | arguments.lora))
-    return model
+    if not arguments.lora:
+        return model
+    if trained:
+        return PeftModel.from_pretrained(model, trained, is_trainable=True)
+    with user_errors("lora"):
+        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM"} | arguments.lora))
 
 
 def train(config: str, overrides: list[str] | None = None) -> Trainer:
@@ -149,7 +151,7 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
     if trainer.eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
     if trainer.is_world_process_zero():
-        write_training_report(trainer.state, arguments.output_dir, title=Path(config).stem)
+        write_training_report(trainer.state, _output_dir(arguments), title=Path(config).stem)
     return trainer
 
 
@@ -174,10 +176,13 @@ def _language_modeller(
     )
 
 
-def _fine_tuner(recipe: Recipe, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Trainer:
-    from .sft import QSparseSFTTrainer, learnable, prepare_tokenizer, read_examples, truncated
+def _fine_tuner(
+    recipe: Recipe, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
+) -> QSparseTrainerMixin:
+    from .sft import QSparseSFTConfig, QSparseSFTTrainer, learnable, prepare_tokenizer, read_examples, truncated
 
     data, arguments = recipe.data, recipe.training
+    assert isinstance(arguments, QSparseSFTConfig)  # as a recipe has it where `stage` is sft
     if arguments.max_length not in (None, type(arguments).max_length, data.sequence_length):
         raise UserError(f"max_length is sequence_length here ({data.sequence_length}), got {arguments.max_length}")
     prepare_tokenizer(tokenizer, arguments)
@@ -222,7 +227,7 @@ def _check(recipe: Recipe) -> None:
     with user_errors("optimizer or schedule"):
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = optimizer_class([torch.zeros(1, requires_grad=True)], **options)
-        kwargs = arguments.lr_scheduler_kwargs
+        kwargs = cast(dict | None, arguments.lr_scheduler_kwargs)  # a text has been parsed
         get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=kwargs)
     with user_errors("dataloader"):
         DataLoader(
@@ -234,15 +239,21 @@ def _check(recipe: Recipe) -> None:
         )
     if arguments.torch_compile:
         with user_errors("torch_compile"):
-            torch.compile(nn.Identity(), backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
+            backend = arguments.torch_compile_backend or "inductor"
+            torch.compile(nn.Identity(), backend=backend, mode=arguments.torch_compile_mode)
     with user_errors("report_to"):
         get_reporting_integration_callbacks(arguments.report_to)
     if arguments.process_index == 0:
-        check_writable(Path(arguments.output_dir) / "trainer_state.json")
+        check_writable(_output_dir(arguments) / "trainer_state.json")
+
+
+def _output_dir(arguments: TrainingArguments) -> Path:
+    """Where the run goes; Transformers chooses a folder where nobody does."""
+    return Path(cast(str, arguments.output_dir))  # None until they are made
 
 
 def _checkpoint_to_resume(arguments: QSparseArguments) -> str | None:
-    complete = complete_checkpoints(arguments.output_dir)
+    complete = complete_checkpoints(_output_dir(arguments))
     checkpoint = arguments.resume_from_checkpoint
     asked = BOOLEANS.get((checkpoint or "").lower())
     if asked is False:
@@ -288,7 +299,7 @@ def _finished(checkpoint: str | None, arguments: QSparseArguments) -> TrainerSta
     if checkpoint is None:
         return None
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    planned = arguments.max_steps
+    planned: float = arguments.max_steps
     if planned < 0:
         planned = state.max_steps if state.num_train_epochs == math.ceil(arguments.num_train_epochs) else math.inf
     if state.global_step > planned:
@@ -296,7 +307,7 @@ def _finished(checkpoint: str | None, arguments: QSparseArguments) -> TrainerSta
     return state if state.global_step == planned else None
 
 
-def _train(trainer: Trainer, resume: str | None) -> None:
+def _train(trainer: QSparseTrainerMixin, resume: str | None) -> None:
     bar = None
     if not trainer.args.disable_tqdm:
         bar = _ProgressBar()
@@ -315,13 +326,13 @@ def _train(trainer: Trainer, resume: str | None) -> None:
     trainer.save_metrics("train", result.metrics)
 
 
-def _check_end(trainer: Trainer) -> None:
+def _check_end(trainer: QSparseTrainerMixin) -> None:
     """Say why a training ended before its last update."""
     state, data = trainer.state, trainer.train_dataset
     if state.global_step >= state.max_steps:
         return
     if stopped_by := trainer.heartbeat.stopped_by:
-        saved = complete_checkpoints(trainer.args.output_dir)[-1]
+        saved = complete_checkpoints(_output_dir(trainer.args))[-1]
         raise Interrupted(
             stopped_by,
             f"stopped by {stopped_by.name} after update {state.global_step} of {state.max_steps}; {saved} is saved, "
