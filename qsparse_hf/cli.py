@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = verb(
         convert,
-        "Make a Q-Sparse checkpoint from a dense Llama, Mistral or Qwen2 one.",
+        "Make a Q-Sparse checkpoint from a dense one: Llama, Mistral, Qwen2, Qwen3, Phi-3 or Gemma 3 (text).",
         "qsparse convert mistralai/Mistral-7B-v0.1 mistral-7b-qsparse --sparsity 0.5 --per-projection o=0.4 down=0.6",
     )
     p.add_argument("source", help="folder or Hub id of the dense checkpoint")

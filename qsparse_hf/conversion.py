@@ -1,4 +1,4 @@
-"""A dense Llama, Mistral or Qwen2 checkpoint becomes a Q-Sparse one: same weights, same keys, other configuration.
+"""A dense checkpoint becomes a Q-Sparse one: same weights, same keys, other configuration.
 
 Tensors go from safetensors to safetensors one output shard at a time, so the memory it takes is one shard's, whatever
 the model's size. The output is written beside its place and renamed into it when it is whole.

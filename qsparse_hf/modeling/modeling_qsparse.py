@@ -182,16 +182,20 @@ class QSparsePreTrainedModel(PreTrainedModel):
                 module.scale(factor)
 
     def prepare_for_decode(self) -> Self:
-        """Make `generate` fast: from now on decoding reads the weights of the surviving features alone.
+        """Make `generate` fast: decoding then reads the weights of the surviving features alone.
 
-        The projections' weights change their strides, in place; their names, shapes and values stay, and `restore`
-        undoes it. On a GPU `generate` then also takes a static cache, unless told which, and replays each step as a
-        CUDA graph. Training, prefill and batches too large to gain go on with dense products. Hooks on the projections
-        do not see the tokens that others decode.
+        The projections' weights change their strides in place; names, shapes and values stay, and `restore` undoes it.
+        On a GPU `generate` also takes a static cache, unless another is asked for, and replays each step as a CUDA
+        graph. Training, prompts and batches too large to gain use dense products. Hooks on the projections do not see
+        tokens decoded by the other products.
 
-        A graph is not used for calls that return their cache (`return_dict_in_generate`) or search beams, nor where
-        the log, at info level, says why. It notices weights and sparsities that change, but not hooks, modules and
-        buffers: call `restore` before changing those. The KV cache of a call is offered to the next call of `generate`.
+        Sums are added in another order, and a top-K is discontinuous: a real model gives other tokens after a while,
+        with the same mean loss. Small random models and short outputs agree within rounding.
+
+        Calls that return their cache (`return_dict_in_generate`) or search beams run without a graph, and so do others
+        for which the log, at info level, says why. A graph is captured again when weights or sparsities change, but not
+        when hooks, modules or buffers do: call `restore` before changing those. The KV cache of a call is offered to
+        the next call of `generate`.
 
         Returns:
             the model itself.
