@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import assert_close, make, sparse_config
+from conftest import assert_close, backends, make, sparse_config
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qsparse_hf.decode import layers
-from qsparse_hf.decode.attention import attend
+from qsparse_hf.decode.attention import STEP_IMPLS, attend
 
 pytest.importorskip("numba", reason="heads with keys of their own attend by its kernel")
 
@@ -55,6 +55,60 @@ def test_where_no_entry_counts_there_are_zeros():
     y = attend(query, keys, values, mask, 1.0)
     assert torch.equal(y[0], torch.zeros(1, 2, 8))
     assert torch.isfinite(y[1]).all()
+
+
+STEPS = backends(STEP_IMPLS)
+
+
+@pytest.mark.parametrize(("device", "backend"), STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("sequences", "heads", "kv_heads", "length", "entries", "d", "rotary"),
+    [(1, 4, 4, 0, 8, 16, 16), (2, 6, 2, 37, 64, 32, 16), (2, 4, 1, 300, 520, 64, 64)],
+)
+def test_a_step_rotates_appends_and_attends(
+    sequences, heads, kv_heads, length, entries, d, rotary, padded, dtype, device, backend
+):
+    """In fp64, from what the step is given: part of one tensor, as the projections of one product are."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [heads * d, kv_heads * d, kv_heads * d]
+    together = torch.randn(sequences, 1, sum(sizes), generator=generator).to(device, dtype)
+    query, key, value = together.split(sizes, dim=-1)
+    angles = torch.rand(sequences, 1, rotary // 2, generator=generator).repeat(1, 1, 2).to(device) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    keys, values = (torch.randn(sequences, kv_heads, entries, d, generator=generator).to(device, dtype) for _ in "kv")
+    mask = torch.rand(sequences, 1, 1, entries, generator=generator).to(device) > 0.3 if padded else None
+    before = keys.clone(), values.clone()
+    arrived = torch.zeros(sequences * heads, dtype=torch.int32, device=device)
+    at = torch.tensor([length], device=device)
+
+    y = STEP_IMPLS[backend].attend(query, key, value, cos, sin, keys, values, at, mask, 0.3, arrived)
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        x = x.double().view(sequences, -1, d)
+        half = rotary // 2
+        turn, cosine, sine = x[..., :rotary], cos.double(), sin.double()
+        across = torch.cat([-turn[..., half:], turn[..., :half]], dim=-1)
+        return torch.cat([turn * cosine + across * sine, x[..., rotary:]], dim=-1)
+
+    assert_close(keys[:, :, length], rotated(key).to(dtype))
+    assert torch.equal(values[:, :, length], value.view(sequences, kv_heads, d))
+    for cache, held in zip((keys, values), before, strict=True):
+        assert torch.equal(cache[:, :, :length], held[:, :, :length])
+        assert torch.equal(cache[:, :, length + 1 :], held[:, :, length + 1 :])
+    each_key, each_value = (
+        cache[:, :, : length + 1].double().repeat_interleave(heads // kv_heads, dim=1) for cache in (keys, values)
+    )
+    scores = (rotated(query)[:, :, None] @ each_key.mT)[:, :, 0] * 0.3
+    if mask is not None:
+        counts = mask[:, 0, :, : length + 1].clone()
+        counts[..., -1] = True
+        scores = scores.masked_fill(~counts, -torch.inf)
+    expected = (scores.softmax(-1)[:, :, None] @ each_value).flatten(1)[:, None]
+    assert_close(y, expected.to(dtype))
+    assert not arrived.any()
+    assert at.item() == length
 
 
 def test_a_paged_cache_is_left_to_transformers(tokens, attended):

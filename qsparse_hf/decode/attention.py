@@ -76,10 +76,54 @@ class TorchAttend:
         return y.reshape(sequences, 1, heads, d)
 
 
+class TorchStep:
+    """The step as it is written: every kernel is held against it."""
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        return None
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        length: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        arrived: Tensor,
+    ) -> Tensor:
+        sequences, kv_heads, entries, d = keys.shape
+        query, key, value = (each.unflatten(-1, (-1, d)).transpose(1, 2) for each in (query, key, value))
+        query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        at = length.view(1)
+        keys.index_copy_(2, at, key)
+        values.index_copy_(2, at, value)
+        place = torch.arange(entries, device=keys.device)
+        counts = place < length
+        if mask is not None:
+            counts = counts & mask[..., :entries]
+        counts = (counts | (place == length)).expand(sequences, 1, 1, entries)
+        groups = query.view(sequences, kv_heads, -1, d).float()  # the heads of a group pass for tokens
+        scores = (groups @ keys.float().mT * scaling).masked_fill(~counts, -torch.inf)
+        return (scores.softmax(-1) @ values.float()).to(query.dtype).reshape(sequences, 1, -1)
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`[B, H, 1, d]` after the rotary embedding `[B, 1, R]` of their first R features."""
+    turned, rest = heads.split([cos.shape[-1], heads.shape[-1] - cos.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    return torch.cat([turned, rest], dim=-1)
+
+
 IMPLS: dict[str, AttendImplementation] = {"torch": TorchAttend()}
 """Implementations of `attend` by name, the preferred first; kernels add themselves with `backend.prefer`."""
 
-STEP_IMPLS: dict[str, StepImplementation] = {}
+STEP_IMPLS: dict[str, StepImplementation] = {"reference": TorchStep()}
 """The same for `StepImplementation`, which the CUDA graph of a decode step uses."""
 
 
