@@ -716,3 +716,16 @@ def test_what_the_trainer_refuses_is_one_line(run_config, tmp_path, capsys, over
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("qsparse: error: ")
     assert said in line.lower()
+
+
+def test_every_family_trains(family, tmp_path):
+    rows = Dataset.from_list([{"input_ids": [(i + j) % 7 + 3 for j in range(32)]} for i in range(16)])
+    rows = rows.map(lambda row: {"labels": row["input_ids"]})
+    arguments = QSparseTrainingArguments(
+        tmp_path, max_steps=8, logging_steps=1, learning_rate=1e-2, save_strategy="no", report_to="none", use_cpu=True
+    )
+    trainer = QSparseTrainer(make(sparse_config(family)), arguments, train_dataset=rows)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    assert all(log[-1][f"sparsity/{group}"] == pytest.approx(0.5, abs=0.01) for group in GROUPS)
