@@ -8,7 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qsparse_hf.decode import layers
-from qsparse_hf.decode.attention import STEP_IMPLS, attend
+from qsparse_hf.decode.attention import STEP_IMPLS, StepCache, attend
 
 pytest.importorskip("numba", reason="heads with keys of their own attend by its kernel")
 
@@ -83,7 +83,8 @@ def test_a_step_rotates_appends_and_attends(
     arrived = torch.zeros(sequences * heads, dtype=torch.int32, device=device)
     at = torch.tensor([length], device=device)
 
-    y = STEP_IMPLS[backend].attend(query, key, value, cos, sin, keys, values, at, mask, 0.3, arrived)
+    cache = StepCache(keys, values, at, mask, arrived)
+    y = STEP_IMPLS[backend].attend(query, key, value, (cos, sin), cache, 0.3)
 
     def rotated(x: torch.Tensor) -> torch.Tensor:
         x = x.double().view(sequences, -1, d)

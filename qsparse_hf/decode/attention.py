@@ -7,7 +7,7 @@ B sequences, H query heads, G query heads to a key-value head, L entries of the 
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,38 +28,35 @@ class AttendImplementation(Protocol):
         """See `attend`."""
 
 
+class StepCache(NamedTuple):
+    """A layer's static cache, as a decode step finds it."""
+
+    keys: Tensor
+    """`[B, H / G, L, d]`, contiguous."""
+    values: Tensor
+    """As `keys`."""
+    length: Tensor
+    """int64, one number on the device: how many entries there are. A step leaves it as it is."""
+    mask: Tensor | None
+    """`[B, 1, 1, >= L]`, bool: which entries count, for padding; None for all. The new one counts anyway."""
+    arrived: Tensor
+    """int32, at least B * H zeros, and left so: room for the programs of a kernel to count each other."""
+
+
 class StepImplementation(Protocol):
-    """One way to compute all of a decode step's attention between the projections, cache update included."""
+    """One way to do all that a decode step does between its projections."""
 
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
-        """Why it does not run on the query, or None if it does; `asked` if the caller named it."""
+        """As above, of the query."""
 
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        length: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        arrived: Tensor,
+        self, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor], cache: StepCache, scaling: float
     ) -> Tensor:
-        """Attention of one token a sequence over a static cache, after its key and value are added; `[B, 1, H * d]`.
+        """One token's attention over a static cache, which gets its key and value; `[B, 1, H * d]`.
 
         Args:
-            query: `[B, 1, H * d]`, before the rotary embedding. Query, key and value `[B, 1, H / G * d]` may be views
-                of one tensor `[B, 1, N]`.
-            cos: `[B, 1, R]`, as `sin`: the rotary embedding at each token's position, of the first R <= d features.
-            keys: `[B, H / G, L, d]`, contiguous, as `values`: the cache.
-            length: int64, one number on the device: how many entries the cache holds before this token. The caller
-                updates it.
-            mask: `[B, 1, 1, >= L]`, bool, False for padding; None where there is none. The new entry always counts.
-            arrived: int32, at least B * H zeros, and zeros again afterwards: counters by which a kernel's programs
-                notice which of them is the last.
+            query: `[B, 1, H * d]`; it, key and value `[B, 1, H / G * d]` may be parts of one tensor `[B, 1, N]`.
+            rotary: cosines and sines `[B, 1, R]` of the rotary embedding at each token's position, R <= d.
         """
 
 
@@ -83,22 +80,12 @@ class TorchStep:
         return None
 
     def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        length: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        arrived: Tensor,
+        self, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor], cache: StepCache, scaling: float
     ) -> Tensor:
+        keys, values, length, mask, _ = cache
         sequences, kv_heads, entries, d = keys.shape
         query, key, value = (each.unflatten(-1, (-1, d)).transpose(1, 2) for each in (query, key, value))
-        query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        query, key = _rotated(query, *rotary), _rotated(key, *rotary)
         at = length.view(1)
         keys.index_copy_(2, at, key)
         values.index_copy_(2, at, value)

@@ -19,7 +19,7 @@ from transformers.utils import is_triton_available
 
 from ..modeling.backend import runs, say_once
 from ..modeling.sparsify import SURVIVORS, Sparsify
-from .attention import STEP_IMPLS
+from .attention import STEP_IMPLS, StepCache
 from .transformers_names import CACHE
 
 
@@ -130,16 +130,15 @@ class DecodeGraph:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        rotary: tuple[Tensor, Tensor],
         layer: StaticLayer,
         mask: Tensor | None,
         scaling: float,
     ) -> Tensor:
         """The attention of one layer between its projections; see `StepImplementation`."""
         keys, values = cast("tuple[Tensor, Tensor]", (layer.keys, layer.values))
-        step = STEP_IMPLS["triton"]
-        return step.attend(query, key, value, cos, sin, keys, values, self.lengths[0], mask, scaling, self.arrived)
+        cache = StepCache(keys, values, self.lengths[0], mask, self.arrived)
+        return STEP_IMPLS["triton"].attend(query, key, value, rotary, cache, scaling)
 
     def _step(self) -> Tensor:
         outputs = self.model(

@@ -98,8 +98,7 @@ class PreparedAttention(PreparedBlock, QSparseAttention):
             heads = self.split_heads(query, key, value)
             query, key, value = (each.transpose(1, 2).flatten(2) for each in heads)
             layer = cache.layers[self.layer_idx]
-            cos, sin = position_embeddings
-            output = decode_step.attend(query, key, value, cos, sin, layer, attention_mask, self.scaling)
+            output = decode_step.attend(query, key, value, position_embeddings, layer, attention_mask, self.scaling)
         else:
             query, key, value = self.split_heads(query, key, value)
             query, key = self.rotate(query, key, *position_embeddings)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..decode.attention import StepCache
 from .sparsify_triton import launch_options
 from .sparsify_triton_ops import refuses
 
@@ -143,19 +144,11 @@ def splits_of(entries: int) -> int:
 
 
 def decode_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    length: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    arrived: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor], cache: StepCache, scaling: float
 ) -> Tensor:
     """See `StepImplementation` in `decode/attention.py`; d is a power of two."""
+    keys, values, length, mask, arrived = cache
+    cos, sin = rotary
     sequences, kv_heads, entries, d = keys.shape
     heads = query.shape[-1] // d
     splits = splits_of(entries)
