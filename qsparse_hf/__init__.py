@@ -13,7 +13,7 @@ from .modeling.configuration_qsparse import (
     QSparseQwen2Config,
     QSparseQwen3Config,
 )
-from .modeling.modeling_qsparse import Decoder, QSparsePreTrainedModel
+from .modeling.modeling_qsparse import Preparation, QSparsePreTrainedModel
 from .modeling.modeling_qsparse_gemma3 import QSparseGemma3ForCausalLM, QSparseGemma3Model
 from .modeling.modeling_qsparse_llama import QSparseLlamaForCausalLM, QSparseLlamaModel
 from .modeling.modeling_qsparse_mistral import QSparseMistralForCausalLM, QSparseMistralModel
@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 register()
-QSparsePreTrainedModel.decoder = Decoder(prepare, restore)
+QSparsePreTrainedModel.preparation = Preparation(prepare, restore)
 
 # Imported on first use: they bring the Trainer, which decoding does not need.
 _LAZY = {

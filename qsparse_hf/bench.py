@@ -31,7 +31,7 @@ from transformers import (
 from transformers.cache_utils import StaticLayer
 
 from .conversion import DTYPES
-from .decode.prepare import projection_groups
+from .decode.prepare import layer_groups
 from .decode.sparse_linear import sparse_linear
 from .errors import UserError, check_config, check_writable, user_errors
 from .measure import captured, interleaved, medians, print_table, write_json
@@ -245,7 +245,7 @@ def _product_rows(
     sparse = _random_model(config, torch.device("meta"), dtype)
     on_gpu = device.type == "cuda"
     bandwidth = _copy_bandwidth(device)
-    groups = list(projection_groups(sparse))[: len(GROUPS)]
+    groups = list(layer_groups(sparse))[: len(GROUPS)]
     for group, (_, selector, linears) in zip(GROUPS, groups, strict=True):
         features = next(iter(linears.values())).in_features
         sizes = [linear.out_features for linear in linears.values()]

@@ -14,6 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
     [
         ("sparsity_blocksize", "did you mean sparsity_block_size"),
         ("sparsity_reskale", "did you mean sparsity_rescale"),
+        ("Sparsity", "did you mean sparsity"),
+        ("sparse_block_size", "did you mean sparsity_block_size"),
+        ("weight_quant", "no field 'weight_quant', it has sparsity, "),
         ("weight_quantization", "no field 'weight_quantization', it has sparsity, "),
         ("activation_quantization", "no field 'activation_quantization', it has sparsity, "),
     ],

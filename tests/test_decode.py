@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import OPTIONS, assert_close, make, sparse_config
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -22,7 +23,7 @@ from transformers import (
 
 from qsparse_hf import sparsity_report
 from qsparse_hf.decode import generation, graph, prepare, sparse_linear
-from qsparse_hf.decode.graph import DecodeGraph, obstacle
+from qsparse_hf.decode.graph import DecodeGraph, why_no_graph
 from qsparse_hf.decode.layout import InputMajorLinear, few_tokens
 from qsparse_hf.decode.transformers_names import CACHE
 
@@ -39,13 +40,13 @@ SETTINGS = [
 def products(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes of the values that sparse products read, in a list that grows."""
     shapes = []
-    for name, implementation in sparse_linear.IMPLS.items():
+    for name, implementation in sparse_linear.LINEAR_IMPLS.items():
         product = implementation.product
         spied = copy.copy(implementation)
         spied.product = lambda values, *rest, product=product: (
             shapes.append(tuple(values.shape)) or product(values, *rest)
         )
-        monkeypatch.setitem(sparse_linear.IMPLS, name, spied)
+        monkeypatch.setitem(sparse_linear.LINEAR_IMPLS, name, spied)
     return shapes
 
 
@@ -360,7 +361,7 @@ def test_a_familys_options(option, tokens, request):
         cache = StaticCache(config=model.config, max_cache_len=8)
         with torch.no_grad():
             model(tokens[:1, :4], **{CACHE: cache})
-        assert obstacle(model, cache)
+        assert why_no_graph(model, cache)
     else:
         assert torch.equal(model.generate(**call), expected)
         assert len(replays) == 1
@@ -463,11 +464,11 @@ def test_what_stands_in_the_way_of_a_graph_is_said(change, said, tokens, replays
     cache = StaticCache(config=model.config, max_cache_len=8)
     with torch.no_grad():
         model(tokens[:1, :4], past_key_values=cache)
-    assert obstacle(model, cache) is None
+    assert why_no_graph(model, cache) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert obstacle(model, cache) == "autocast is on"
+        assert why_no_graph(model, cache) == "autocast is on"
     change(model, cache)
-    assert said in obstacle(model, cache)
+    assert said in why_no_graph(model, cache)
     assert not graph.fits(model, cache, 1)
 
 
@@ -597,3 +598,71 @@ def test_a_decoder_that_was_prepared_alone_is_prepared_whole(tokens, products):
     assert products
     classes = [type(module) for module in make(sparse_config("llama")).modules()]
     assert [type(module) for module in model.restore().modules()] == classes
+
+
+def hooked(module: nn.Module) -> None:
+    add_hook_to_module(module, ModelHook())
+
+
+def bound(module: nn.Module) -> None:
+    module.forward = module.forward
+
+
+@pytest.mark.parametrize("change", [hooked, bound])
+@pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
+def test_forwards_that_were_bound_to_a_class_follow_it(family, change, first, tokens, products):
+    """As accelerate's hooks keep them, of models on several devices for instance."""
+    model = make(sparse_config(family))
+    expected = model.generate(tokens[:1], **GREEDY)
+    if not first:
+        model.prepare_for_decode()
+    for layer in model.model.layers:
+        for module in (layer, layer.self_attn, layer.mlp):
+            change(module)
+    model.prepare_for_decode()
+    assert torch.equal(model.generate(tokens[:1], **GREEDY), expected)
+    assert products
+    assert torch.equal(model.restore().generate(tokens[:1], **GREEDY), expected)
+    assert torch.equal(model.prepare_for_decode().generate(tokens[:1], **GREEDY), expected)
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_a_dispatched_model(offloaded, tokens, tmp_path):
+    model = make(sparse_config("llama"))
+    expected = model.generate(tokens[:1], **GREEDY)
+    model.save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(["model.norm", "lm_head", "model.rotary_emb", "model.layers.0", "model.layers.1"], "cpu")
+    places["model.embed_tokens"] = "disk"
+    if offloaded:
+        places["model.layers.1"] = "disk"
+    placed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    if offloaded:
+        with pytest.raises(ValueError, match=r"of layer 1 is a .* on meta"):
+            placed.prepare_for_decode()
+    else:
+        placed.prepare_for_decode()
+    assert torch.equal(placed.generate(tokens[:1], **GREEDY), expected)
+
+
+def test_another_forward_in_its_class_s_place_is_named():
+    model = make(sparse_config("llama"))
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x, inner=mlp.forward: inner(x)
+    with pytest.raises(ValueError, match="the mlp of layer 1 has a forward of its own in its class's place"):
+        model.prepare_for_decode()
+    assert not model.is_prepared
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("named", ["numba", "torch", "reference"])
+def test_a_named_backend_decodes_too(named, heads, tokens, monkeypatch):
+    """As the environment variable QSPARSE_BACKEND names one when the package is imported."""
+    if named == "numba":
+        pytest.importorskip("numba")
+    model = make(sparse_config("llama", num_key_value_heads=heads))
+    expected = model.generate(tokens[:1], **GREEDY)
+    monkeypatch.setattr("qsparse_hf.modeling.backend._ASKED", named)
+    assert torch.equal(model.generate(tokens[:1], **GREEDY), expected)
+    assert torch.equal(model.prepare_for_decode().generate(tokens[:1], **GREEDY), expected)

@@ -7,10 +7,10 @@ import torch
 from conftest import assert_close, backends
 
 from qsparse_hf import topk_sparsify
-from qsparse_hf.decode.sparse_linear import IMPLS, sparse_linear
+from qsparse_hf.decode.sparse_linear import LINEAR_IMPLS, sparse_linear
 from qsparse_hf.modeling.sparsify import SURVIVORS, Survivors
 
-BACKENDS = backends(IMPLS)
+BACKENDS = backends(LINEAR_IMPLS)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..modeling.backend import choose, runs
+from ..modeling.backend import runs
+from ..modeling.sparsify import SURVIVORS
 
 
 class AttendImplementation(Protocol):
@@ -107,8 +108,9 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned, rest], dim=-1)
 
 
-IMPLS: dict[str, AttendImplementation] = {"torch": TorchAttend()}
-"""Implementations of `attend` by name, the preferred first; kernels add themselves with `backend.prefer`."""
+ATTEND_IMPLS: dict[str, AttendImplementation] = {"torch": TorchAttend()}
+"""Implementations of `attend` by name, the preferred first; kernels add themselves with `backend.prefer`. The first
+that takes the tensors runs: QSPARSE_BACKEND names what selects and multiplies."""
 
 STEP_IMPLS: dict[str, StepImplementation] = {"reference": TorchStep()}
 """The same for `StepImplementation`, which the CUDA graph of a decode step uses."""
@@ -128,7 +130,7 @@ def is_slow(query: Tensor, keys: Tensor, mask: Tensor | None, implementation: st
         and more.get("cache") is None
         and more.get("position_bias") is None
         and ALL_ATTENTION_FUNCTIONS.get(implementation) is sdpa_attention_forward
-        and (query.shape[1] > keys.shape[1] or runs("numba", IMPLS, [query, keys]))
+        and (query.shape[1] > keys.shape[1] or runs("numba", SURVIVORS, [query, keys]))
     )
 
 
@@ -141,4 +143,6 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sca
         mask: `[B or 1, 1, 1, L or 1]`, bool (False: not attended) or floats that are added to the scores; None for
             no mask. A sequence whose entries are all masked gets zeros.
     """
-    return choose(IMPLS, [query, keys], None).attend(query, keys, values, mask, scaling)
+    tensors = [query, keys]
+    implementation = next(each for each in ATTEND_IMPLS.values() if each.refuses(tensors, asked=False) is None)
+    return implementation.attend(query, keys, values, mask, scaling)

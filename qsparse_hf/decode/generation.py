@@ -14,19 +14,19 @@ from transformers.generation import GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 
 from ..modeling.modeling_qsparse import QSparseForCausalLM
-from .graph import Decoding, fits, has_graphs
+from .graph import DecodeCall, fits, has_graphs
 from .transformers_names import CACHE
 
 
-class _Call(threading.local):
+class _ThreadState(threading.local):
     """State of the running call of `generate`, one per thread."""
 
     cache: Cache | None = None
     """The KV cache; offered to the next call of `generate` afterwards."""
-    decoding: Decoding | None = None
+    decoding: DecodeCall | None = None
 
 
-_call = _Call()
+_state = _ThreadState()
 
 
 def _is_transformers(some_class: type) -> bool:
@@ -55,14 +55,14 @@ class PreparedGeneration(QSparseForCausalLM):
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        outer = _call.cache, _call.decoding
-        _call.cache = _call.decoding = None
+        outer = _state.cache, _state.decoding
+        _state.cache = _state.decoding = None
         try:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         finally:
-            if _call.cache is not None and self.is_prepared:
-                self._spare_cache = _call.cache
-            _call.cache, _call.decoding = outer
+            if _state.cache is not None and self.is_prepared:
+                self._spare_cache = _state.cache
+            _state.cache, _state.decoding = outer
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *sizes):
         """As in Transformers, but on a GPU a static cache unless another is asked for; the last call's if it fits."""
@@ -96,7 +96,7 @@ class PreparedGeneration(QSparseForCausalLM):
             usual(generation_config, model_kwargs, generation_mode, *sizes)
             spare = model_kwargs[CACHE]
             spare.size, spare.asked = size, max_cache_length
-        _call.cache = spare
+        _state.cache = spare
 
     def create_masks_for_generate(self, config, inputs_embeds, attention_mask, **kwargs):
         """As in Transformers; for a step that runs as a graph, which builds its own mask, the 2D mask is passed on."""
@@ -110,13 +110,13 @@ class PreparedGeneration(QSparseForCausalLM):
         compiled = super().get_compiled_call(compile_config)
         if not self._steps_as_usual:
             return compiled
-        _call.decoding = Decoding(self, compiled)
-        return _call.decoding
+        _state.decoding = DecodeCall(self, compiled)
+        return _state.decoding
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # Transformers inspects the signature
     def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in Transformers; where a graph decodes, only what it reads, as the GPU waits for the host meanwhile."""
-        decoding, cache = _call.decoding, kwargs.get(CACHE)
+        decoding, cache = _state.decoding, kwargs.get(CACHE)
         if kwargs.get("next_sequence_length") == 1 and decoding is not None and decoding.goes_on(input_ids, cache):
             return {"input_ids": input_ids[:, -1:], CACHE: cache}
         return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]

@@ -41,7 +41,7 @@ def _rope_types(config: PreTrainedConfig) -> set[str]:
     return {of_layers["rope_type"] for of_layers in each if of_layers}
 
 
-def obstacle(model: Any, cache: object) -> str | None:
+def why_no_graph(model: Any, cache: object) -> str | None:
     """Why a forward of one token a sequence over this cache cannot run as a CUDA graph, or None if it can."""
     config, head_size = model.config, model.base_model.layers[0].self_attn.head_dim
     weight = model.base_model.layers[0].mlp.down_proj.weight
@@ -68,7 +68,7 @@ def fits(model: Any, cache: object, length: int) -> bool:
     """Whether a forward of `length` tokens a sequence over this cache can run as a CUDA graph; if not, logs why."""
     if length != 1 or not has_graphs(model.device):
         return False
-    if reason := obstacle(model, cache):
+    if reason := why_no_graph(model, cache):
         say_once(logging.INFO, f"a step is decoded without a graph of this package: {reason}")
     return reason is None
 
@@ -82,7 +82,7 @@ class DecodeGraph:
 
     def __init__(self, model: Any, cache: Cache, sequences: int) -> None:
         device = model.device
-        layers = cast("list[StaticLayer]", cache.layers)  # as `obstacle` has found
+        layers = cast("list[StaticLayer]", cache.layers)  # as `why_no_graph` has found
         self._model = ref(model)
         self._cache = ref(cache)
         self.entries = max(layer.max_cache_len for layer in layers)
@@ -198,7 +198,7 @@ class DecodeGraph:
         return CausalLMOutputWithPast(**outputs)
 
 
-class Decoding:
+class DecodeCall:
     """The decode function of one call of `generate`: the graph where it fits, else the forward that was given."""
 
     def __init__(self, model: Any, forward: Callable[..., ModelOutput]) -> None:

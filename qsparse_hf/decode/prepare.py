@@ -46,7 +46,16 @@ _MIXINS = {
 
 def _take_on(module: Any, mixin: type) -> None:
     unprepared: Any = type(module)
-    module.__class__ = prepared_class(mixin, unprepared)
+    _change_class(module, prepared_class(mixin, unprepared))
+
+
+def _change_class(module: Any, new_class: Any) -> None:
+    """Change a module's class, and forwards that were bound to the one before: accelerate's hooks keep such."""
+    of_class = type(module).forward
+    module.__class__ = new_class
+    for name in ("forward", "_old_forward"):
+        if getattr(vars(module).get(name), "__func__", None) is of_class:
+            setattr(module, name, new_class.forward.__get__(module))
 
 
 def prepare(model: QSparsePreTrainedModel) -> None:
@@ -58,18 +67,21 @@ def prepare(model: QSparsePreTrainedModel) -> None:
     if model.is_prepared:
         return
     restore(model)  # a part of it may be prepared
-    if reason := obstacle(model):
-        raise ValueError(f"prepare_for_decode needs plain linears with their weights in memory, and {reason}")
+    if reason := why_not_prepared(model):
+        raise ValueError(
+            "prepare_for_decode needs plain linears with their weights in memory, and the forwards of their classes "
+            f"around them; {reason}"
+        )
     try:
         for module in list(model.modules()):
             for plain, mixin in _MIXINS.items():
                 if isinstance(module, plain) and not isinstance(module, Prepared):
                     _take_on(module, mixin)
                     break
-        if not model.base_model.sandwich_norms:  # else what comes of a product is no part of a sum
-            for layer in _layers(model):
+        for layer in _layers(model):
+            if not hasattr(layer, "post_feedforward_layernorm"):  # else what comes of a product is no part of a sum
                 _take_on(layer, PreparedDecoderLayer)
-        for _, selector, linears in projection_groups(model):
+        for _, selector, linears in layer_groups(model):
             if selector.configured.sparsity > 0:
                 lay_out(*linears.values())
         _count_few_tokens(model)
@@ -86,7 +98,7 @@ def restore(model: QSparsePreTrainedModel) -> None:
         elif isinstance(module, Prepared):
             vars(module).pop("few", None)
             vars(module).pop("_spare_cache", None)
-            module.__class__ = module.unprepared
+            _change_class(module, module.unprepared)
 
 
 @contextmanager
@@ -97,7 +109,7 @@ def as_restored(model: QSparsePreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        if prepared and obstacle(model) is None:
+        if prepared and why_not_prepared(model) is None:
             prepare(model)
 
 
@@ -105,7 +117,7 @@ def _layers(model: QSparsePreTrainedModel) -> Any:
     return model.base_model.layers
 
 
-def projection_groups(model: QSparsePreTrainedModel) -> Iterator[tuple[int, Any, dict[str, nn.Linear]]]:
+def layer_groups(model: QSparsePreTrainedModel) -> Iterator[tuple[int, Any, dict[str, nn.Linear]]]:
     """Each projection group: the layer's number, the module that selects, the linears that read from it, by path."""
     for number, layer in enumerate(_layers(model)):
         for group in model.config.projection_groups.values():
@@ -114,15 +126,21 @@ def projection_groups(model: QSparsePreTrainedModel) -> Iterator[tuple[int, Any,
 
 
 def _count_few_tokens(model: QSparsePreTrainedModel) -> None:
-    for _, selector, linears in projection_groups(model):
+    for _, selector, linears in layer_groups(model):
         first = next(iter(linears.values()))
         if isinstance(first, InputMajorLinear):
             selector.few = few_tokens(selector.selection.sparsity, first.weight)
 
 
-def obstacle(model: QSparsePreTrainedModel) -> str | None:
+def why_not_prepared(model: QSparsePreTrainedModel) -> str | None:
     """Why the model cannot be prepared, or None if it can."""
-    for number, _, linears in projection_groups(model):
+    for number, layer in enumerate(_layers(model)):
+        for name, module in (("layer", layer), ("self_attn", layer.self_attn), ("mlp", layer.mlp)):
+            own = vars(module).get("forward")
+            hooked = hasattr(module, "_hf_hook") or getattr(own, "__func__", None) is type(module).forward
+            if own is not None and not hooked:
+                return f"the {name} of layer {number} has a forward of its own in its class's place"
+    for number, _, linears in layer_groups(model):
         for name, linear in linears.items():
             where = f"{name} of layer {number}"
             if linear.weight.is_inference():

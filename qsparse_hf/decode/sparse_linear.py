@@ -80,7 +80,7 @@ def _sum_as_written(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("tk,tkn->tn", values.to(wide), weight[indices.long()].to(wide))
 
 
-IMPLS: dict[str, SparseLinearImplementation] = {
+LINEAR_IMPLS: dict[str, SparseLinearImplementation] = {
     "torch": TorchSparseLinear(_sum_of_bags),
     "reference": TorchSparseLinear(_sum_as_written),
 }
@@ -105,7 +105,7 @@ def sparse_linear(
         weight: `[D, N]`, contiguous; bf16, fp16, fp32 or fp64 as the values.
         bias: `[N]`.
         residual: `[..., N]`.
-        backend: None for the first in `IMPLS` that takes them, or a name there.
+        backend: None for the first in `LINEAR_IMPLS` that takes them, or a name there.
 
     Returns:
         `[..., N]` of their dtype.
@@ -138,4 +138,4 @@ def sparse_linear(
         places = ", ".join(sorted({str(each.device) for each in (*given, indices)}))
         raise ValueError(f"values, indices, weight, bias and residual must be on one device, got {places}")
     with torch.no_grad():
-        return choose(IMPLS, given, backend).product(values, indices, weight, bias, residual)
+        return choose(LINEAR_IMPLS, given, backend).product(values, indices, weight, bias, residual)

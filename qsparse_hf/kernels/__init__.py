@@ -101,9 +101,9 @@ for table, name, implementation in (
     (IMPLS, "triton", _sparsify),
     (SURVIVORS, "numba", Deferred("numba", "cpu", _survivors_numba)),
     (SURVIVORS, "triton", _sparsify),
-    (sparse_linear.IMPLS, "numba", Deferred("numba", "cpu", _sparse_linear_numba)),
-    (sparse_linear.IMPLS, "triton", Deferred("triton", "cuda", _sparse_linear_triton)),
-    (attention.IMPLS, "numba", Deferred("numba", "cpu", _attend_numba)),
+    (sparse_linear.LINEAR_IMPLS, "numba", Deferred("numba", "cpu", _sparse_linear_numba)),
+    (sparse_linear.LINEAR_IMPLS, "triton", Deferred("triton", "cuda", _sparse_linear_triton)),
+    (attention.ATTEND_IMPLS, "numba", Deferred("numba", "cpu", _attend_numba)),
     (attention.STEP_IMPLS, "triton", Deferred("triton", "cuda", _step_triton)),
 ):
     prefer(table, name, implementation)

@@ -151,11 +151,11 @@ class QSparseConfigMixin(_Config):
 QSPARSE_FIELDS = tuple(field.name for field in fields(QSparseConfigMixin))
 """Names of the fields of `QSparseConfigMixin`."""
 
-_RESERVED = ("sparsity", "weight_quantization", "activation_quantization")
+_RESERVED = ("spars", "weight_quant", "activation_quant")
 
 
 def _check_name(name: str) -> None:
-    if name.startswith(_RESERVED) and name not in QSPARSE_FIELDS:
+    if name.casefold().startswith(_RESERVED) and name not in QSPARSE_FIELDS:
         nearest = get_close_matches(name, QSPARSE_FIELDS, n=1)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise ValueError(f"this version has no field {name!r}, it has {', '.join(QSPARSE_FIELDS)}{hint}")

@@ -29,7 +29,7 @@ NEWEST_TESTED = (5, 24)
 
 if tuple(int(part) for part in __version__.split(".")[:2]) > NEWEST_TESTED:
     newest, beyond = (f"{NEWEST_TESTED[0]}.{minor}" for minor in (NEWEST_TESTED[1], NEWEST_TESTED[1] + 1))
-    logging.get_logger(__name__).warning_once(
+    logging.get_logger("transformers").warning_once(  # one logger for all copies of this file
         f"Q-Sparse models were tested with transformers up to {newest}, and this is {__version__}: they may compute "
         f"something else. Install `transformers<{beyond}`, or a newer qsparse-hf."
     )
@@ -155,7 +155,7 @@ class QSparseMLP(Block):
         return self.down_proj(self.down_sparsify(*self.read(x), self.activation()))
 
 
-class Decoder(NamedTuple):
+class Preparation(NamedTuple):
     """What prepares models for decoding, and undoes it: functions of the package that do not ship with a checkpoint."""
 
     prepare: Callable[[Any], None]
@@ -165,7 +165,7 @@ class Decoder(NamedTuple):
 class QSparsePreTrainedModel(PreTrainedModel):
     """What a family's base model and its causal LM both have; mixed in before the dense class."""
 
-    decoder: ClassVar[Decoder | None] = None
+    preparation: ClassVar[Preparation | None] = None
     """Set by the package when it is imported."""
     is_prepared = False
     """Whether `prepare_for_decode` was called, and `restore` not since."""
@@ -205,18 +205,18 @@ class QSparsePreTrainedModel(PreTrainedModel):
             ValueError: a projection is no plain linear with its weight in memory, but an adapter's, a quantizer's, an
                 offloaded one or one made in inference mode.
         """
-        if self.decoder is None:
+        if self.preparation is None:
             raise ImportError(
                 "prepare_for_decode needs the package: `pip install qsparse-hf`, and `import qsparse_hf` before "
                 "from_pretrained"
             )
-        self.decoder.prepare(self)
+        self.preparation.prepare(self)
         return self
 
     def restore(self) -> Self:
         """Undo `prepare_for_decode`; returns the model itself."""
-        if self.decoder is not None:
-            self.decoder.restore(self)
+        if self.preparation is not None:
+            self.preparation.restore(self)
         return self
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
@@ -236,8 +236,6 @@ class QSparseModel(QSparsePreTrainedModel):
     attention_class: type
     mlp_class: type
     norm_class: type = RMSNormSparsify
-    sandwich_norms: ClassVar[bool] = False
-    """Whether the family normalises the output of attention and feed-forward, too, before the residual sum."""
     layers: Any  # a list of the family's decoder layers
 
     def __init__(self, config: QSparseConfigMixin) -> None:

@@ -28,7 +28,6 @@ class QSparseGemma3Model(QSparseModel, Gemma3TextModel):
     attention_class = QSparseGemma3Attention
     mlp_class = QSparseGemma3MLP
     norm_class = Gemma3RMSNormSparsify
-    sandwich_norms = True
 
 
 class QSparseGemma3ForCausalLM(QSparseForCausalLM, Gemma3ForCausalLM):
