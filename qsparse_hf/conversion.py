@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -330,6 +331,7 @@ def _staging(output: Path, overwrite: bool, size: int) -> Iterator[Path]:
 
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        NamedTemporaryFile(dir=parent).close()  # where no file can be made, the lock would seem to be another's
         with lock.acquire(timeout=0):
             try:
                 tidy()

@@ -550,6 +550,13 @@ def test_the_command_says_it_in_one_line(tmp_path, capsys):
     assert listing(tmp_path / "papers") == {"thesis.txt"}
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no files, like Linux' /proc")
+def test_a_place_that_takes_no_files_is_not_called_taken(tmp_path):
+    make(dense_config("llama")).save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match="cannot write /proc/x: No such file or directory"):
+        convert_checkpoint(tmp_path / "dense", "/proc/x")
+
+
 def test_overwrite_replaces_and_a_failed_overwrite_keeps(tmp_path):
     make(dense_config("llama")).save_pretrained(tmp_path / "dense")
     convert_checkpoint(tmp_path / "dense", tmp_path / "sparse", sparsity=0.25)
