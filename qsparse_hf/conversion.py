@@ -37,7 +37,7 @@ from .checkpoint import (
     match_tensors,
     read_json,
 )
-from .errors import UserError, check_depth, one_line, user_errors
+from .errors import UserError, check_depth, one_line, shortened, user_errors
 from .modeling.configuration_qsparse import QSPARSE_FIELDS, QSparseConfigMixin
 from .modeling.modeling_qsparse import declare_auto_model
 from .registration import FAMILIES
@@ -252,16 +252,28 @@ def _describe_tokenizer(folder: Path, dense: PreTrainedConfig) -> tuple[dict[str
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
         return None, []
     described = read_json(path) if os.path.lexists(path) else {}
-    with user_errors(path):
-        auto_map = described.get("auto_map") or {}
-        if references := auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map:
-            return None, _code_files(folder, references)
+    references = _tokenizer_classes(described.get("auto_map"), path)
+    if any(references):
+        with user_errors(path):
+            return described | {"auto_map": {"AutoTokenizer": references}}, _code_files(folder, references)
     try:
         picked = AutoTokenizer.from_pretrained(folder, config=dense, trust_remote_code=False, mistral_format=False)
     except Exception as error:  # whatever a broken file, or a missing package, makes a tokenizer raise
         logger.warning("the tokenizer in %s does not load and is copied as it is: %s", folder, one_line(error))
         return None, []
     return described | {"tokenizer_class": type(picked).__name__}, []
+
+
+def _tokenizer_classes(auto_map: object, path: Path) -> list[str | None]:
+    """The slow and the fast class that the `auto_map` in `path` names, in the one form that Transformers loads."""
+    named = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    classes = [named] if isinstance(named, str) or named is None else named
+    if not isinstance(classes, list) or len(classes) > 2 or not all(isinstance(c, str | None) for c in classes):
+        raise UserError(
+            f"{path}: auto_map must name the tokenizer's class like 'module.Class', or a list of its slow and its fast "
+            f"class, got {shortened(repr(named))}"
+        )
+    return [*classes, None, None][:2]
 
 
 def _code_files(folder: Path, references: Iterable[str | None]) -> list[Path]:

@@ -223,14 +223,23 @@ def coded(tmp_path):
         json.dumps(
             {
                 "tokenizer_class": "LetterTokenizer",
-                "auto_map": {"AutoTokenizer": ["tokenization_letters.LetterTokenizer", None]},
+                "auto_map": {"AutoTokenizer": [CLASS, None]},
             }
         )
     )
     return folder
 
 
-def test_a_tokenizer_of_code_goes_along_and_is_not_run(coded, tmp_path):
+CLASS = "tokenization_letters.LetterTokenizer"
+
+
+@pytest.mark.parametrize(
+    "auto_map",
+    [{"AutoTokenizer": [CLASS, None]}, {"AutoTokenizer": [None, CLASS]}, {"AutoTokenizer": CLASS}, [CLASS]],
+    ids=["slow", "fast", "alone", "legacy"],
+)
+def test_a_tokenizer_of_code_goes_along_and_is_not_run(coded, tmp_path, auto_map):
+    (coded / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
     convert_checkpoint(coded, tmp_path / "sparse")
     assert not (tmp_path / "run").exists()
     assert {"letters.py", "tokenization_letters.py"} <= listing(tmp_path / "sparse")
@@ -240,20 +249,22 @@ def test_a_tokenizer_of_code_goes_along_and_is_not_run(coded, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("reference", "said"),
+    ("auto_map", "said"),
     [
-        ("absent.Tokenizer", "absent.py"),
-        ("../elsewhere.Tokenizer", "elsewhere.py"),
-        ("broken.Tokenizer", "gone.py"),
-        ("sparsity.Tokenizer", "would replace a file of Q-Sparse's own"),
-        (5, "tokenizer_config.json: "),
+        ({"AutoTokenizer": ["absent.Tokenizer", None]}, "absent.py"),
+        ({"AutoTokenizer": ["../elsewhere.Tokenizer", None]}, "elsewhere.py"),
+        ({"AutoTokenizer": ["broken.Tokenizer", None]}, "gone.py"),
+        ({"AutoTokenizer": ["sparsity.Tokenizer", None]}, "would replace a file of Q-Sparse's own"),
+        ({"AutoTokenizer": [5, None]}, r"tokenizer_config.json: auto_map must name .* got \[5, None\]"),
+        ({"AutoTokenizer": 5}, "auto_map must name the tokenizer's class like 'module.Class', .* got 5"),
+        (5, "auto_map must name the tokenizer's class like 'module.Class', .* got 5"),
     ],
 )
-def test_code_of_a_tokenizer_that_cannot_go_along(coded, tmp_path, reference, said):
+def test_code_of_a_tokenizer_that_cannot_go_along(coded, tmp_path, auto_map, said):
     (tmp_path / "elsewhere.py").touch()
     (coded / "sparsity.py").touch()
     (coded / "broken.py").write_text("from .gone import x")
-    (coded / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": [reference, None]}}))
+    (coded / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
     before = listing(tmp_path)
     with pytest.raises(UserError, match=said):
         convert_checkpoint(coded, tmp_path / "sparse")

@@ -209,6 +209,7 @@ def test_an_entry_of_a_header(sources, data):
 @example("auto_map", {"AutoTokenizer": ["../code.Model", "code.Model"]})
 @example("auto_map", ["code", "", 5])
 @example("auto_map", {"AutoTokenizer": "code.Model"})
+@example("auto_map", 5)
 @example("tokenizer_class", "code.Model")
 @example("tokenizer_file", "/etc/passwd")
 def test_a_key_of_the_tokenizer(sources, key, value):
