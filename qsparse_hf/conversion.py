@@ -227,9 +227,12 @@ def _configs(folder: Path, fields: dict[str, Any]) -> tuple[PreTrainedConfig, QS
     check_depth(path, described)
     family = FAMILIES[model_type].config
     names = {field.name for field in dataclasses.fields(family)}
-    for key in described:
-        if key not in names and not isinstance(getattr(family, key, property()), property):
+    for key in [key for key in described if key not in names and hasattr(family, key)]:
+        held = getattr(family, key)
+        if not isinstance(held, property) or key in vars(QSparseConfigMixin):
             raise UserError(f"{path}: the key {key!r} would hide what the class of the configuration calls so")
+        if held.fset is None:  # Transformers computes it
+            del described[key]
     with user_errors(path):
         dense = AutoConfig.for_model(model_type, **described)
         config = family(**{key: value for key, value in dense.to_dict().items() if key not in _NOT_TAKEN} | fields)

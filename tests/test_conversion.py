@@ -496,6 +496,7 @@ def drop_tensor(folder):
         (set_config(num_hidden_layers=10**9), {}, "num_hidden_layers must be .*, got 1000000000"),
         (set_config(num_hidden_layers="2"), {}, "num_hidden_layers must be .*, got '2'"),
         (set_config(save_pretrained="x"), {}, "'save_pretrained' would hide"),
+        (set_config(attention_size=4), {}, "'attention_size' would hide"),
         (set_config(attribute_map={"sparsity": "vocab_size"}), {}, "'attribute_map' would hide"),
         (set_config(configuration_files=["config.9.0.0.json"]), {}, "configuration_files leads to other files"),
         (set_config(transformers_weights="../x.safetensors"), {}, "transformers_weights leads to other files"),
@@ -520,6 +521,15 @@ def test_unsuitable_sources_and_arguments(tmp_path, break_it, arguments, said):
         with pytest.raises(UserError, match=said):
             convert_checkpoint(tmp_path / "dense", tmp_path / "sparse", dry_run=dry_run, **arguments)
     assert listing(tmp_path) == {"dense"}
+
+
+def test_what_transformers_computes_is_not_taken_from_the_file(tmp_path):
+    make(dense_config("llama")).save_pretrained(tmp_path / "dense")
+    set_config(use_return_dict=True, is_heterogeneous=False)(tmp_path / "dense")
+    convert_checkpoint(tmp_path / "dense", tmp_path / "sparse")
+    assert (
+        not {"use_return_dict", "is_heterogeneous"} & json.loads((tmp_path / "sparse/config.json").read_text()).keys()
+    )
 
 
 def test_mixtral_is_refused_for_now(tmp_path):
