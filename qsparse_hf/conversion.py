@@ -37,7 +37,7 @@ from .checkpoint import (
     match_tensors,
     read_json,
 )
-from .errors import UserError, check_depth, one_line, shortened, user_errors
+from .errors import UserError, check_fields, one_line, shortened, user_errors
 from .modeling.configuration_qsparse import QSPARSE_FIELDS, QSparseConfigMixin
 from .modeling.modeling_qsparse import declare_auto_model
 from .registration import FAMILIES
@@ -223,8 +223,8 @@ def _configs(folder: Path, fields: dict[str, Any]) -> tuple[PreTrainedConfig, QS
         raise UserError(f"{path}: a quantized checkpoint cannot be converted; give the original weights")
     if leads := [key for key in ("configuration_files", "transformers_weights") if described.get(key)]:
         raise UserError(f"{path}: {leads[0]} leads to other files than the ones converted here; remove the key")
+    check_fields(path, described)
     described = {key: value for key, value in described.items() if key not in _NOT_TAKEN}
-    check_depth(path, described)
     family = FAMILIES[model_type].config
     names = {field.name for field in dataclasses.fields(family)}
     for key in [key for key in described if key not in names and hasattr(family, key)]:

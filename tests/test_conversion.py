@@ -474,9 +474,39 @@ def drop_tensor(folder):
         (set_config(model_type="qsparse_llama"), {}, "Q-Sparse already"),
         (set_config(quantization_config={"quant_method": "gptq"}), {}, "quantized"),
         (set_config(model_type=["llama"]), {}, "must be one of llama, mistral, .*got"),
-        (set_config(hidden_act="nope"), {}, "nope"),
-        (set_config(num_attention_heads=0), {}, "ZeroDivisionError"),
-        (set_config(rope_parameters={"rope_type": "bogus", "rope_theta": 1e4}), {}, "bogus"),
+        *(
+            (
+                set_config(**{key: value}),
+                {},
+                f"config.json: {key} must be an integer from 1 to 1,000,000,000, got {value}",
+            )
+            for key, value in (
+                ("num_attention_heads", 0),
+                ("num_key_value_heads", 0),
+                ("head_dim", 0),
+                ("hidden_size", -4),
+                ("intermediate_size", 1.5),
+                ("vocab_size", -1),
+                ("vocab_size", 10**30),
+                ("num_attention_heads", True),
+            )
+        ),
+        (set_config(hidden_act="bogus"), {}, "config.json: hidden_act must be one of gelu, .*silu.*, got 'bogus'"),
+        (set_config(hidden_act=["silu"]), {}, "hidden_act must be one of .*, got .'silu'."),
+        *(
+            (set_config(**{key: rope}), {}, f"the rope_type in {key} must be one of default, linear, .*, got {said}")
+            for key, rope, said in (
+                ("rope_parameters", {"rope_type": "bogus", "rope_theta": 1e4}, "'bogus'"),
+                ("rope_parameters", {"full_attention": {"rope_type": "bogus", "rope_theta": 1e4}}, "'bogus'"),
+                ("rope_parameters", {"rope_type": None, "rope_theta": 1e4}, "None"),
+                ("rope_scaling", {"type": "su", "factor": 2.0}, "'su'"),
+            )
+        ),
+        *(
+            (set_config(**{key: name}), {}, f"{key} must be the name of a floating-point dtype .*, got '{name}'")
+            for key, name in (("dtype", "bogus"), ("torch_dtype", "save"), ("dtype", "int8"))
+        ),
+        (set_config(pad_token_id=9999), {}, "pad_token_id must be below vocab_size, which is 128, and .*, got 9999"),
         (set_config(intermediate_size=80), {}, r"has shape \(96, 64\), but config.json asks for \(80, 64\)"),
         (set_config(num_hidden_layers=3), {}, "config.json asks for 3 layers, but the weights hold 2"),
         (drop_shard, {}, "names the file 'model-00002-of-00003.safetensors', which is missing"),

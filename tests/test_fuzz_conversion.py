@@ -119,6 +119,8 @@ def check(sources: Path, kind: str, change) -> None:
 @example("num_hidden_layers", "1000000000")
 @example("num_labels", "1000000000")
 @example("auto_map", '{"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}')
+@example("pad_token_id", "-65")
+@example("vocab_size", "[64]")
 @example("attention_size", "4")
 @example("use_return_dict", "true")
 @example("configuration_files", '["config.4.0.0.json"]')
