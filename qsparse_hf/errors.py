@@ -12,6 +12,8 @@ _LONGEST_MESSAGE = 600  # characters of a library's message; the longest that we
 _MOST = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000) | dict.fromkeys(
     ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size"), 10**9
 )
+_DTYPE_KEYS = ("dtype", "torch_dtype")  # the second is the older name of the first
+_DTYPES = ("float32", "bfloat16", "float16", "float64")  # those that torch makes parameters of by default
 
 
 class UserError(ValueError):
@@ -107,8 +109,8 @@ def check_config(source: str | Path, fields: Mapping[str, object] | None = None,
 def check_fields(source: object, config: Mapping[str, Any]) -> None:
     """Refuse values that no model can be built with, before a library fails on them midway.
 
-    Numbers and dtypes are checked for every type of model; activations, rotary embeddings and the padding token only
-    for the dense and the Q-Sparse types of `FAMILIES`, since other types may give those keys other meanings.
+    Numbers and the names of dtypes are checked for every type of model; activations, rotary embeddings and the padding
+    token only for the dense and the Q-Sparse types of `FAMILIES`, since other types may give those keys other meanings.
 
     Args:
         source: where the configuration was found.
@@ -129,13 +131,13 @@ def check_fields(source: object, config: Mapping[str, Any]) -> None:
         for number in found if isinstance(found, list) else [found]:  # some models have one for each layer
             if type(number) is not int or not 1 <= number <= most:
                 refuse(key, number, f"an integer from 1 to {most:,}")
-    for key in ("dtype", "torch_dtype"):
-        name = config.get(key)
-        if isinstance(name, str) and not _is_floating_point(name):
-            refuse(key, name, "the name of a floating-point dtype of torch like 'bfloat16'")
     family = str(config.get("model_type")).removeprefix("qsparse_")
     if family in FAMILIES:
         _check_names(config, family, refuse)
+    for key in _DTYPE_KEYS:
+        name = config.get(key)
+        if isinstance(name, str) and not _is_floating_point(name):
+            refuse(key, name, "the name of a floating-point dtype of torch like 'bfloat16'")
 
 
 def _check_names(config: Mapping[str, Any], family: str, refuse: Callable[[str, object, str], NoReturn]) -> None:
@@ -143,6 +145,9 @@ def _check_names(config: Mapping[str, Any], family: str, refuse: Callable[[str, 
     from transformers.activations import ACT2FN
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    for key in _DTYPE_KEYS:
+        if (name := config.get(key)) is not None and name not in _DTYPES:
+            refuse(key, name, f"one of {', '.join(_DTYPES)}")
     for key in ("hidden_act", "hidden_activation"):
         if (name := config.get(key)) is not None and name not in list(ACT2FN):
             refuse(key, name, f"one of {', '.join(ACT2FN)}")

@@ -9,7 +9,7 @@ from conftest import dense_config, make, run_python, run_qsparse
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qsparse_hf.errors import check_fields, check_writable, one_line
+from qsparse_hf.errors import UserError, check_fields, check_writable, one_line
 
 LONG = "x" * 300
 
@@ -169,6 +169,22 @@ def test_the_command_itself(arguments, code, said):
 def test_the_configuration_of_every_language_model_of_transformers_is_let_through():
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - {"gemma4_assistant"}:  # which has no default
         check_fields(model_type, CONFIG_MAPPING[model_type]().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"dtype": "bogus"},
+            "here: dtype must be the name of a floating-point dtype of torch like 'bfloat16', got 'bogus'",
+        ),
+        ({"num_attention_heads": 0}, "here: num_attention_heads must be an integer from 1 to 1,000,000,000, got 0"),
+        ({"intermediate_size": [8, 0]}, "here: intermediate_size must be an integer from 1 to 1,000,000,000, got 0"),
+    ],
+)
+def test_a_field_of_another_type_of_model_is_checked_too(fields, said):
+    with pytest.raises(UserError, match=f"^{said}$"):
+        check_fields("here", {"model_type": "mixtral"} | fields)
 
 
 def test_a_look_at_an_output_changes_nothing(tmp_path):

@@ -503,8 +503,14 @@ def drop_tensor(folder):
             )
         ),
         *(
-            (set_config(**{key: name}), {}, f"{key} must be the name of a floating-point dtype .*, got '{name}'")
-            for key, name in (("dtype", "bogus"), ("torch_dtype", "save"), ("dtype", "int8"))
+            (set_config(**{key: name}), {}, f"{key} must be one of float32, bfloat16, float16, float64, got {said}")
+            for key, name, said in (
+                ("dtype", "bogus", "'bogus'"),
+                ("torch_dtype", "save", "'save'"),
+                ("dtype", "float8_e4m3fn", "'float8_e4m3fn'"),
+                ("dtype", {"": "float32"}, "{'': 'float32'}"),
+                ("torch_dtype", [1], ".1."),
+            )
         ),
         (set_config(pad_token_id=9999), {}, "pad_token_id must be below vocab_size, which is 128, and .*, got 9999"),
         (set_config(intermediate_size=80), {}, r"has shape \(96, 64\), but config.json asks for \(80, 64\)"),
