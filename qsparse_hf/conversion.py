@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from .checkpoint import (
     match_tensors,
     read_json,
 )
-from .errors import UserError, check_depth, one_line, user_errors
+from .errors import UserError, check_fields, one_line, shortened, user_errors
 from .modeling.configuration_qsparse import QSPARSE_FIELDS, QSparseConfigMixin
 from .modeling.modeling_qsparse import declare_auto_model
 from .registration import FAMILIES
@@ -222,13 +223,16 @@ def _configs(folder: Path, fields: dict[str, Any]) -> tuple[PreTrainedConfig, QS
         raise UserError(f"{path}: a quantized checkpoint cannot be converted; give the original weights")
     if leads := [key for key in ("configuration_files", "transformers_weights") if described.get(key)]:
         raise UserError(f"{path}: {leads[0]} leads to other files than the ones converted here; remove the key")
+    check_fields(path, described)
     described = {key: value for key, value in described.items() if key not in _NOT_TAKEN}
-    check_depth(path, described)
     family = FAMILIES[model_type].config
     names = {field.name for field in dataclasses.fields(family)}
-    for key in described:
-        if key not in names and not isinstance(getattr(family, key, property()), property):
+    for key in [key for key in described if key not in names and hasattr(family, key)]:
+        held = getattr(family, key)
+        if not isinstance(held, property) or key in vars(QSparseConfigMixin):
             raise UserError(f"{path}: the key {key!r} would hide what the class of the configuration calls so")
+        if held.fset is None:  # Transformers computes it
+            del described[key]
     with user_errors(path):
         dense = AutoConfig.for_model(model_type, **described)
         config = family(**{key: value for key, value in dense.to_dict().items() if key not in _NOT_TAKEN} | fields)
@@ -251,16 +255,28 @@ def _describe_tokenizer(folder: Path, dense: PreTrainedConfig) -> tuple[dict[str
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
         return None, []
     described = read_json(path) if os.path.lexists(path) else {}
-    with user_errors(path):
-        auto_map = described.get("auto_map") or {}
-        if references := auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map:
-            return None, _code_files(folder, references)
+    references = _tokenizer_classes(described.get("auto_map"), path)
+    if any(references):
+        with user_errors(path):
+            return described | {"auto_map": {"AutoTokenizer": references}}, _code_files(folder, references)
     try:
         picked = AutoTokenizer.from_pretrained(folder, config=dense, trust_remote_code=False, mistral_format=False)
     except Exception as error:  # whatever a broken file, or a missing package, makes a tokenizer raise
         logger.warning("the tokenizer in %s does not load and is copied as it is: %s", folder, one_line(error))
         return None, []
     return described | {"tokenizer_class": type(picked).__name__}, []
+
+
+def _tokenizer_classes(auto_map: object, path: Path) -> list[str | None]:
+    """The slow and the fast class that the `auto_map` in `path` names, in the one form that Transformers loads."""
+    named = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    classes = [named] if isinstance(named, str) or named is None else named
+    if not isinstance(classes, list) or len(classes) > 2 or not all(isinstance(c, str | None) for c in classes):
+        raise UserError(
+            f"{path}: auto_map must name the tokenizer's class like 'module.Class', or a list of its slow and its fast "
+            f"class, got {shortened(repr(named))}"
+        )
+    return [*classes, None, None][:2]
 
 
 def _code_files(folder: Path, references: Iterable[str | None]) -> list[Path]:
@@ -330,6 +346,7 @@ def _staging(output: Path, overwrite: bool, size: int) -> Iterator[Path]:
 
     try:
         parent.mkdir(parents=True, exist_ok=True)
+        NamedTemporaryFile(dir=parent).close()  # where no file can be made, the lock would seem to be another's
         with lock.acquire(timeout=0):
             try:
                 tidy()

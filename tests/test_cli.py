@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import dense_config, make, run_python, run_qsparse
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qsparse_hf.errors import check_writable, one_line
+from qsparse_hf.errors import UserError, check_fields, check_writable, one_line
 
 LONG = "x" * 300
 
@@ -43,6 +45,14 @@ MISTAKES = [
         ["train", "run.yaml", "model_fields={num_hidden_layers: 1000000000}"],
         "dense: num_hidden_layers must be an integer from 1 to 10,000, got 1000000000",
     ),
+    (
+        ["train", "run.yaml", "model_fields={num_attention_heads: 0}"],
+        "dense: num_attention_heads must be an integer from 1 to 1,000,000,000, got 0",
+    ),
+    (
+        ["train", "run.yaml", "model_fields={hidden_act: bogus}"],
+        "dense: hidden_act must be one of gelu,",
+    ),
     (["report", "nowhere", "--text", "file.txt"], "nowhere: is no file or folder here"),
     (["report", "empty", "--text", "file.txt"], "empty holds no config.json"),
     (["report", "unfinished", "--text", "file.txt"], "it is an unfinished run's, name one of the checkpoints in it"),
@@ -55,6 +65,11 @@ MISTAKES = [
     (["report", "dense", "--text", "file.txt", "--output", "a\0b"], "cannot be written: embedded null byte"),
     (["bench", "decode", "--models", "nowhere"], "nowhere (none of llama-2-7b, "),
     (["bench", "decode", "--models", "deep"], "num_hidden_layers must be an integer from 1 to 10,000, got 1000000000"),
+    (["report", "headless", "--text", "file.txt"], "headless: num_attention_heads must be an integer from 1 to 1,000"),
+    (
+        ["bench", "decode", "--models", "headless"],
+        "num_attention_heads must be an integer from 1 to 1,000,000,000, got",
+    ),
     (["bench", "decode", "--models", "1b", "--batches", "0"], "batch must be at least 1, got 0"),
     (["bench", "decode", "--models", "1b", "--output", "empty"], "'empty' cannot be written: Is a directory"),
     (["bench", "decode", "--models", "1b", "--output", "file.txt/x"], "cannot be written: file.txt is no folder"),
@@ -98,11 +113,12 @@ json.dump(results, open("../results.json", "w"))
 
 def fill(folder: Path) -> None:
     """What the mistakes are made with."""
-    for name in ("empty", "unfinished/checkpoint-3", "deep"):
+    for name in ("empty", "unfinished/checkpoint-3", "deep", "headless"):
         (folder / name).mkdir(parents=True)
     (folder / "loop").symlink_to("loop")
     (folder / "file.txt").write_text("some text")
     (folder / "deep" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1000000000}')
+    (folder / "headless" / "config.json").write_text('{"model_type": "llama", "num_attention_heads": 0}')
     make(dense_config("llama")).save_pretrained(folder / "dense")
     recipe = {"model": "dense", "train_data": ["file.txt"], "output_dir": "runs/one", "use_cpu": True}
     (folder / "run.yaml").write_text(yaml.safe_dump(recipe))
@@ -148,6 +164,27 @@ def test_the_command_itself(arguments, code, said):
     assert said in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not done.stdout
+
+
+def test_the_configuration_of_every_language_model_of_transformers_is_let_through():
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - {"gemma4_assistant"}:  # which has no default
+        check_fields(model_type, CONFIG_MAPPING[model_type]().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"dtype": "bogus"},
+            "here: dtype must be the name of a floating-point dtype of torch like 'bfloat16', got 'bogus'",
+        ),
+        ({"num_attention_heads": 0}, "here: num_attention_heads must be an integer from 1 to 1,000,000,000, got 0"),
+        ({"intermediate_size": [8, 0]}, "here: intermediate_size must be an integer from 1 to 1,000,000,000, got 0"),
+    ],
+)
+def test_a_field_of_another_type_of_model_is_checked_too(fields, said):
+    with pytest.raises(UserError, match=f"^{said}$"):
+        check_fields("here", {"model_type": "mixtral"} | fields)
 
 
 def test_a_look_at_an_output_changes_nothing(tmp_path):

@@ -223,14 +223,23 @@ def coded(tmp_path):
         json.dumps(
             {
                 "tokenizer_class": "LetterTokenizer",
-                "auto_map": {"AutoTokenizer": ["tokenization_letters.LetterTokenizer", None]},
+                "auto_map": {"AutoTokenizer": [CLASS, None]},
             }
         )
     )
     return folder
 
 
-def test_a_tokenizer_of_code_goes_along_and_is_not_run(coded, tmp_path):
+CLASS = "tokenization_letters.LetterTokenizer"
+
+
+@pytest.mark.parametrize(
+    "auto_map",
+    [{"AutoTokenizer": [CLASS, None]}, {"AutoTokenizer": [None, CLASS]}, {"AutoTokenizer": CLASS}, [CLASS]],
+    ids=["slow", "fast", "alone", "legacy"],
+)
+def test_a_tokenizer_of_code_goes_along_and_is_not_run(coded, tmp_path, auto_map):
+    (coded / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
     convert_checkpoint(coded, tmp_path / "sparse")
     assert not (tmp_path / "run").exists()
     assert {"letters.py", "tokenization_letters.py"} <= listing(tmp_path / "sparse")
@@ -240,20 +249,22 @@ def test_a_tokenizer_of_code_goes_along_and_is_not_run(coded, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("reference", "said"),
+    ("auto_map", "said"),
     [
-        ("absent.Tokenizer", "absent.py"),
-        ("../elsewhere.Tokenizer", "elsewhere.py"),
-        ("broken.Tokenizer", "gone.py"),
-        ("sparsity.Tokenizer", "would replace a file of Q-Sparse's own"),
-        (5, "tokenizer_config.json: "),
+        ({"AutoTokenizer": ["absent.Tokenizer", None]}, "absent.py"),
+        ({"AutoTokenizer": ["../elsewhere.Tokenizer", None]}, "elsewhere.py"),
+        ({"AutoTokenizer": ["broken.Tokenizer", None]}, "gone.py"),
+        ({"AutoTokenizer": ["sparsity.Tokenizer", None]}, "would replace a file of Q-Sparse's own"),
+        ({"AutoTokenizer": [5, None]}, r"tokenizer_config.json: auto_map must name .* got \[5, None\]"),
+        ({"AutoTokenizer": 5}, "auto_map must name the tokenizer's class like 'module.Class', .* got 5"),
+        (5, "auto_map must name the tokenizer's class like 'module.Class', .* got 5"),
     ],
 )
-def test_code_of_a_tokenizer_that_cannot_go_along(coded, tmp_path, reference, said):
+def test_code_of_a_tokenizer_that_cannot_go_along(coded, tmp_path, auto_map, said):
     (tmp_path / "elsewhere.py").touch()
     (coded / "sparsity.py").touch()
     (coded / "broken.py").write_text("from .gone import x")
-    (coded / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": [reference, None]}}))
+    (coded / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
     before = listing(tmp_path)
     with pytest.raises(UserError, match=said):
         convert_checkpoint(coded, tmp_path / "sparse")
@@ -463,9 +474,45 @@ def drop_tensor(folder):
         (set_config(model_type="qsparse_llama"), {}, "Q-Sparse already"),
         (set_config(quantization_config={"quant_method": "gptq"}), {}, "quantized"),
         (set_config(model_type=["llama"]), {}, "must be one of llama, mistral, .*got"),
-        (set_config(hidden_act="nope"), {}, "nope"),
-        (set_config(num_attention_heads=0), {}, "ZeroDivisionError"),
-        (set_config(rope_parameters={"rope_type": "bogus", "rope_theta": 1e4}), {}, "bogus"),
+        *(
+            (
+                set_config(**{key: value}),
+                {},
+                f"config.json: {key} must be an integer from 1 to 1,000,000,000, got {value}",
+            )
+            for key, value in (
+                ("num_attention_heads", 0),
+                ("num_key_value_heads", 0),
+                ("head_dim", 0),
+                ("hidden_size", -4),
+                ("intermediate_size", 1.5),
+                ("vocab_size", -1),
+                ("vocab_size", 10**30),
+                ("num_attention_heads", True),
+            )
+        ),
+        (set_config(hidden_act="bogus"), {}, "config.json: hidden_act must be one of gelu, .*silu.*, got 'bogus'"),
+        (set_config(hidden_act=["silu"]), {}, "hidden_act must be one of .*, got .'silu'."),
+        *(
+            (set_config(**{key: rope}), {}, f"the rope_type in {key} must be one of default, linear, .*, got {said}")
+            for key, rope, said in (
+                ("rope_parameters", {"rope_type": "bogus", "rope_theta": 1e4}, "'bogus'"),
+                ("rope_parameters", {"full_attention": {"rope_type": "bogus", "rope_theta": 1e4}}, "'bogus'"),
+                ("rope_parameters", {"rope_type": None, "rope_theta": 1e4}, "None"),
+                ("rope_scaling", {"type": "su", "factor": 2.0}, "'su'"),
+            )
+        ),
+        *(
+            (set_config(**{key: name}), {}, f"{key} must be one of float32, bfloat16, float16, float64, got {said}")
+            for key, name, said in (
+                ("dtype", "bogus", "'bogus'"),
+                ("torch_dtype", "save", "'save'"),
+                ("dtype", "float8_e4m3fn", "'float8_e4m3fn'"),
+                ("dtype", {"": "float32"}, "{'': 'float32'}"),
+                ("torch_dtype", [1], ".1."),
+            )
+        ),
+        (set_config(pad_token_id=9999), {}, "pad_token_id must be below vocab_size, which is 128, and .*, got 9999"),
         (set_config(intermediate_size=80), {}, r"has shape \(96, 64\), but config.json asks for \(80, 64\)"),
         (set_config(num_hidden_layers=3), {}, "config.json asks for 3 layers, but the weights hold 2"),
         (drop_shard, {}, "names the file 'model-00002-of-00003.safetensors', which is missing"),
@@ -485,6 +532,7 @@ def drop_tensor(folder):
         (set_config(num_hidden_layers=10**9), {}, "num_hidden_layers must be .*, got 1000000000"),
         (set_config(num_hidden_layers="2"), {}, "num_hidden_layers must be .*, got '2'"),
         (set_config(save_pretrained="x"), {}, "'save_pretrained' would hide"),
+        (set_config(attention_size=4), {}, "'attention_size' would hide"),
         (set_config(attribute_map={"sparsity": "vocab_size"}), {}, "'attribute_map' would hide"),
         (set_config(configuration_files=["config.9.0.0.json"]), {}, "configuration_files leads to other files"),
         (set_config(transformers_weights="../x.safetensors"), {}, "transformers_weights leads to other files"),
@@ -509,6 +557,15 @@ def test_unsuitable_sources_and_arguments(tmp_path, break_it, arguments, said):
         with pytest.raises(UserError, match=said):
             convert_checkpoint(tmp_path / "dense", tmp_path / "sparse", dry_run=dry_run, **arguments)
     assert listing(tmp_path) == {"dense"}
+
+
+def test_what_transformers_computes_is_not_taken_from_the_file(tmp_path):
+    make(dense_config("llama")).save_pretrained(tmp_path / "dense")
+    set_config(use_return_dict=True, is_heterogeneous=False)(tmp_path / "dense")
+    convert_checkpoint(tmp_path / "dense", tmp_path / "sparse")
+    assert (
+        not {"use_return_dict", "is_heterogeneous"} & json.loads((tmp_path / "sparse/config.json").read_text()).keys()
+    )
 
 
 def test_mixtral_is_refused_for_now(tmp_path):
@@ -548,6 +605,13 @@ def test_the_command_says_it_in_one_line(tmp_path, capsys):
         assert len(said.err.splitlines()) == 1, said.err
     assert listing(tmp_path) == {"dense", "taken", "papers", "loop"}
     assert listing(tmp_path / "papers") == {"thesis.txt"}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that takes no files, like Linux' /proc")
+def test_a_place_that_takes_no_files_is_not_called_taken(tmp_path):
+    make(dense_config("llama")).save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match="cannot write /proc/x: No such file or directory"):
+        convert_checkpoint(tmp_path / "dense", "/proc/x")
 
 
 def test_overwrite_replaces_and_a_failed_overwrite_keeps(tmp_path):

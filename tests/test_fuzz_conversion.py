@@ -119,6 +119,10 @@ def check(sources: Path, kind: str, change) -> None:
 @example("num_hidden_layers", "1000000000")
 @example("num_labels", "1000000000")
 @example("auto_map", '{"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}')
+@example("pad_token_id", "-65")
+@example("vocab_size", "[64]")
+@example("attention_size", "4")
+@example("use_return_dict", "true")
 @example("configuration_files", '["config.4.0.0.json"]')
 @example("x", "9" * 5000)
 def test_a_key_of_the_configuration(sources, key, value):
@@ -209,6 +213,7 @@ def test_an_entry_of_a_header(sources, data):
 @example("auto_map", {"AutoTokenizer": ["../code.Model", "code.Model"]})
 @example("auto_map", ["code", "", 5])
 @example("auto_map", {"AutoTokenizer": "code.Model"})
+@example("auto_map", 5)
 @example("tokenizer_class", "code.Model")
 @example("tokenizer_file", "/etc/passwd")
 def test_a_key_of_the_tokenizer(sources, key, value):
