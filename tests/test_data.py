@@ -109,6 +109,7 @@ def test_files_of_every_kind(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "b.json").write_text(json.dumps(rows))
     (tmp_path / "c.json").write_text((tmp_path / "a.jsonl").read_text())  # lines by another name
+    (tmp_path / "c.jsonlines").write_text((tmp_path / "a.jsonl").read_text())
     (tmp_path / "c.NDJSON").write_text((tmp_path / "a.jsonl").read_text())
     (tmp_path / "b2.json").write_text("\n " + json.dumps(rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
@@ -124,7 +125,7 @@ def test_files_of_every_kind(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     assert texts_of(str(tmp_path / "*.[pt][yx]*")) == ["first\ndocument", "sec�ond"]
     everything = texts_of({"files": str(tmp_path), "columns": {"text": "body"}})
-    assert sorted(everything) == sorted(["one", "two"] * 8 + ["first\ndocument", "sec�ond"])
+    assert sorted(everything) == sorted(["one", "two"] * 9 + ["first\ndocument", "sec�ond"])
 
 
 COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -159,6 +160,44 @@ def test_archives_and_unknown_compressions_are_refused(tmp_path):
     for name, said in (("a.jsonl.zip", "is an archive; unpack it"), ("b.tar.gz", "is an archive"), ("c*", "a package")):
         with pytest.raises(UserError, match=said):
             rows_of(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        ("a.jsonl.bak", ".jsonl"),
+        ("a.jsonl.1", ".jsonl"),
+        ("a.json.tmp", ".json"),
+        ("a.csv.txt", ".csv"),
+        ("a.tsv", ".tsv"),
+        ("a.TSV.txt", ".TSV"),
+        ("a.v1.Parquet.part", ".Parquet"),
+        ("a.csv~", ".csv~"),
+        ("a.ndjson_old", ".ndjson_old"),
+    ],
+)
+def test_a_table_under_another_name_is_refused(tmp_path, name, ending, compression):
+    file = tmp_path / f"{name}{compression}"
+    file.write_bytes(COMPRESSIONS[compression](b'{"text": "x"}\n'))
+    for pattern in (file, tmp_path / "a.*"):
+        with pytest.raises(UserError) as raised:
+            rows_of(str(pattern))
+        assert str(raised.value) == (
+            f"{file} is named like a table ({ending}) and would be read as text: tables are read from .jsonl, "
+            f".jsonlines, .ndjson, .json, .parquet, .csv, and the name of a text wants .txt without {ending}"
+        )
+
+
+def test_a_folder_is_read_for_its_known_endings(tmp_path):
+    for name in ("a.jsonl.bak", "b.tsv", "c.json.tmp"):
+        (tmp_path / name).write_text('{"text": "left out"}')
+    write_jsonl(tmp_path / "rows.v1.jsonl", [{"text": "a row"}])
+    (tmp_path / "package.json.md").write_text("about package.json")
+    assert sorted(texts_of(str(tmp_path))) == ["a row", "about package.json"]
+    (tmp_path / "d.csv.txt").write_text("text\nfine\n")
+    with pytest.raises(UserError, match=r"d.csv.txt is named like a table \(.csv\)"):
+        rows_of(str(tmp_path))
 
 
 def test_hidden_files_of_a_folder_are_left_out(tmp_path):
@@ -491,7 +530,7 @@ def test_a_text_file_holds_no_conversation(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", [{"chat": [{"role": "user", "content": "hi"}]}])
     rows = rows_of({"files": str(tmp_path), "columns": {"messages": "chat"}})
     assert [row["problem"] for row in rows] == [
-        "is one document of text; messages are read from .jsonl, .ndjson, .json, .parquet, .csv",
+        "is one document of text; messages are read from .jsonl, .jsonlines, .ndjson, .json, .parquet, .csv",
         None,
     ]
 

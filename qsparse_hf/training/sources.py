@@ -42,8 +42,11 @@ FEATURES = Features(
     | {"messages": List(_MESSAGE), "origin": Value("string"), "problem": Value("string")}
 )
 
-_TABLES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
+_TABLES = (".jsonl", ".jsonlines", ".ndjson", ".json", ".parquet", ".csv")
 _TEXTS = (".txt", ".md", ".rst", ".py")
+# These say what a file is, whatever stands before them: `package.json.md` is text. `.txt` does not, as systems that
+# hide endings append it: `rows.csv.txt` may well be a table.
+_CERTAIN = tuple(ending for ending in (*_TABLES, *_TEXTS) if ending != ".txt")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4", ".snappy")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar")
 # ShareGPT's names for a message's fields and speakers.
@@ -63,9 +66,11 @@ class Source:
     """One place that documents come from.
 
     Attributes:
-        files: paths, folders or globs. `.jsonl`, `.ndjson`, `.json`, `.parquet` and `.csv` (also compressed) hold rows;
-            any other text file is one document, of a folder those that end in `.txt`, `.md`, `.rst` or `.py`. Text is
-            UTF-8, with or without a byte-order mark. What is hidden in a folder (`.git`) is left out.
+        files: paths, folders or globs. `.jsonl`, `.jsonlines`, `.ndjson`, `.json`, `.parquet` and `.csv` (also
+            compressed) hold rows; any other text file is one document, of a folder those that end in `.txt`, `.md`,
+            `.rst` or `.py`. A name such as `a.csv.txt` or `a.jsonl.bak` says both and is refused; in a folder, those
+            of other endings are left out, and so is what is hidden (`.git`). Text is UTF-8, with or without a
+            byte-order mark.
         dataset: or a dataset on the Hub or a local folder that `load_dataset` understands.
         name: its configuration (subset).
         split: its split; slices like `train[:1%]` too, unless it is streamed.
@@ -236,6 +241,11 @@ def _match(pattern: str) -> list[Path]:
     if not found:
         raise UserError(f"no file matches {pattern!r}")
     for path in found:
+        if _kind(path) not in (*_CERTAIN, *_ARCHIVES) and (ending := _table_within(path)):
+            raise UserError(
+                f"{path} is named like a table ({ending}) and would be read as text: tables are read from "
+                f"{', '.join(_TABLES)}, and the name of a text wants .txt without {ending}"
+            )
         if _kind(path) in _ARCHIVES:
             raise UserError(
                 f"{path} is an archive; unpack it, or compress each file by itself ({', '.join(_COMPRESSED)})"
@@ -248,6 +258,11 @@ def _match(pattern: str) -> list[Path]:
 def _kind(path: Path) -> str:
     """The ending that says how a file is read, without its compression's."""
     return (path.with_suffix("").suffix if path.suffix.lower() in _COMPRESSED else path.suffix).lower()
+
+
+def _table_within(path: Path) -> str | None:
+    """The first ending of a name that begins like a table's: `.jsonl` of `a.jsonl.bak`, `.csv~` of `a.csv~`."""
+    return next((ending for ending in path.suffixes if ending.lower().startswith((*_TABLES, ".tsv"))), None)
 
 
 def _read_files(files: list[str], columns: dict[str, str]) -> Iterator[dict]:
@@ -412,6 +427,7 @@ def _csv_records(lines: Iterable[str]) -> Iterator[tuple[list[str] | _BadRow, in
 
 _READERS: dict[str, Callable[[str, Sequence[str]], _Rows]] = {
     ".jsonl": _read_jsonl,
+    ".jsonlines": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
