@@ -121,11 +121,11 @@ def test_files_of_every_kind(tmp_path):
 
     (tmp_path / "package.py").mkdir()
     (tmp_path / "g.py").write_text("first\ndocument")
-    (tmp_path / "h.txt").write_bytes(b"sec\xffond")
+    (tmp_path / "h.txt").write_text("second")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    assert texts_of(str(tmp_path / "*.[pt][yx]*")) == ["first\ndocument", "sec�ond"]
+    assert texts_of(str(tmp_path / "*.[pt][yx]*")) == ["first\ndocument", "second"]
     everything = texts_of({"files": str(tmp_path), "columns": {"text": "body"}})
-    assert sorted(everything) == sorted(["one", "two"] * 9 + ["first\ndocument", "sec�ond"])
+    assert sorted(everything) == sorted(["one", "two"] * 9 + ["first\ndocument", "second"])
 
 
 COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -341,6 +341,22 @@ def test_text_that_is_not_utf8_is_named(tmp_path, name, lines, number):
         ["good", "good"],
         [f":{number}: column 'text' holds bytes that are not UTF-8"],
     )
+
+
+def test_a_text_file_that_says_nothing_or_is_not_utf8_is_named_or_counted(tmp_path, tiny_tokenizer, caplog):
+    (tmp_path / "a.txt").write_text("good " * 9)
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"caf\xe9"))
+    (tmp_path / "d.txt").write_text(" \n")
+    not_utf8 = "holds bytes that are not UTF-8"
+    for name, problem in (("b.txt", not_utf8), ("c.txt.gz", not_utf8), ("d.txt", "is empty")):
+        assert checked(tmp_path / name) == ([], [f": {problem}"])
+    data = arguments(str(tmp_path))
+    with pytest.raises(UserError, match=r"b.txt: holds bytes that are not UTF-8 \(on_bad_row: skip"):
+        pack_on_disk(data.train_sources, tiny_tokenizer, data, seed=0)
+    data = arguments(str(tmp_path), on_bad_row="skip")
+    assert len(pack_on_disk(data.train_sources, tiny_tokenizer, data, seed=0)) == 46 // 16
+    assert f"skipped 3 of 4 rows; the first: {tmp_path / 'b.txt'}: {not_utf8}" in caplog.text
 
 
 def test_parquet_columns_are_read_where_they_are_asked_for(tmp_path, tiny_tokenizer):

@@ -288,17 +288,22 @@ class _BadRow(ValueError):
 _Rows = Iterator[tuple[object, int]]
 
 
-def _open_text(file: str, errors: str = "surrogateescape", newline: str | None = None) -> fsspec.core.OpenFile:
+def _open_text(file: str, newline: str | None = None) -> fsspec.core.OpenFile:
     """`file` as text without its byte-order mark. Bytes that are not UTF-8 stay in it, for their row to be named."""
-    return fsspec.open(file, "rt", compression="infer", encoding="utf-8-sig", errors=errors, newline=newline)
+    return fsspec.open(file, "rt", compression="infer", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def _read_text(file: str, columns: dict[str, str]) -> object:
     if "text" not in columns:
         return _BadRow(f"is one document of text; {', '.join(columns)} are read from {', '.join(_TABLES)}")
-    with _open_text(file, errors="replace") as opened:
+    with _open_text(file) as opened:
         text = opened.read()
-    return _BadRow("is not text; it holds NUL bytes") if "\0" in text else {"text": text}
+    if "\0" in text:
+        return _BadRow("is not text; it holds NUL bytes")
+    try:
+        return {"text": _text(text)}
+    except _BadRow as bad:  # of the file, which has no column to name
+        return bad
 
 
 class _Twice:
