@@ -396,6 +396,35 @@ def test_unreadable_files_are_named(tmp_path, tiny_tokenizer):
         pack_on_disk(data.train_sources, tiny_tokenizer, data, seed=0)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"data":[\n  {"text": "a"},\n  {"text": "b"}\n]}',
+        '\n{\n  "text": "a"\n}\n{\n  "text": "b"\n}\n',
+    ],
+)
+@pytest.mark.parametrize("compression", ["", ".gz"])
+def test_an_object_over_several_lines_is_refused(tmp_path, tiny_tokenizer, content, compression):
+    file = tmp_path / f"a.json{compression}"
+    file.write_bytes(COMPRESSIONS[compression](content.encode()))
+    data = arguments(str(file), on_bad_row="skip")
+    with pytest.raises(UserError) as raised:
+        pack_on_disk(data.train_sources, tiny_tokenizer, data, seed=0)
+    assert str(raised.value) == (
+        f"{file}: cannot be read: its object goes over several lines; it must hold a list of rows, [{{...}}, ...], or "
+        "a row a line"
+    )
+
+
+def test_lines_of_json_under_that_name_may_begin_with_a_bad_row(tmp_path):
+    for number, bad in enumerate(['{"text": "un', "{}x", '{"text": "a"} {', "]"]):
+        file = tmp_path / f"{number}.json"
+        file.write_text(bad + '\n{"text": "good"}\n')
+        texts, named = checked(file)
+        assert texts == ["good"]
+        assert [said[:16] for said in named] == [":1: is not JSON:"]
+
+
 def test_nothing_to_train_on_is_named(tmp_path, tiny_tokenizer):
     (tmp_path / "short.txt").write_text("short")
     data = arguments(str(tmp_path / "short.txt"))

@@ -337,13 +337,25 @@ def _read_jsonl(file: str, asked: Sequence[str]) -> _Rows:
 
 def _read_json(file: str, asked: Sequence[str]) -> _Rows:
     with _open_text(file) as text:
-        begins = next((line.lstrip()[0] for line in text if line.strip()), "")
-        if begins == "[":
-            text.seek(0)
+        first = next((line.strip() for line in text if line.strip()), "")
+        text.seek(0)
+        if first.startswith("["):
             for number, row in enumerate(_JSON.decode(text.read()), 1):
                 yield row, number
             return
+        if first and not _length_of_json(first) and _length_of_json(text.read().strip()):
+            raise ValueError(
+                "its object goes over several lines; it must hold a list of rows, [{...}, ...], or a row a line"
+            )
     yield from _read_jsonl(file, asked)  # JSON lines by another name
+
+
+def _length_of_json(text: str) -> int:
+    """Characters of the value that `text` begins with; 0 where it begins with none that is whole."""
+    try:
+        return _JSON.raw_decode(text)[1]
+    except (ValueError, RecursionError):
+        return 0
 
 
 def _read_parquet(file: str, asked: Sequence[str]) -> _Rows:
