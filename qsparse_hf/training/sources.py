@@ -103,7 +103,9 @@ class Source:
             raise UserError("a data source must name a file, a folder, a glob or a dataset, got empty text")
         if bool(self.files) == bool(self.dataset):
             raise UserError("a data source needs either files or dataset")
-        if not isinstance(self.columns, dict) or not all(isinstance(name, str) for name in self.columns.values()):
+        if not isinstance(self.columns, dict) or not all(
+            isinstance(name, str) and name.strip() for name in self.columns.values()
+        ):
             raise UserError(f"columns of {self} must be a column's name or {{role: column}}, got {self.columns!r}")
         if set(self.columns) not in ROLES:
             allowed = "; ".join("+".join(sorted(roles)) for roles in ROLES)
