@@ -188,10 +188,10 @@ def _yaml(text: str, source: str) -> Iterator[tuple[_Loader, yaml.Node | None]]:
         raise UserError(f"{source} is not YAML: lists or mappings stand too deep within each other") from None
 
 
-def _written(node: yaml.Node, loader: _Loader) -> _Written:
+def _read_node(node: yaml.Node, loader: _Loader) -> _Written:
     """Scalars as they are written: their field's type is known, while YAML would read `no` as false."""
     if isinstance(node, yaml.SequenceNode):
-        return [_written(item, loader) for item in node.value]
+        return [_read_node(item, loader) for item in node.value]
     if isinstance(node, yaml.MappingNode):
         return loader.construct_object(node, deep=True)
     return None if node.tag == _TAGS["null"] else node.value
@@ -209,7 +209,7 @@ def _read_file(config: str) -> dict[str, _Value]:
             raise UserError(f"{config} must hold `key: value` lines")
         loader.flatten_mapping(root)
         return {
-            key.value: _value(key.value, node, loader, f"{config}, line {key.start_mark.line + 1}")
+            key.value: _read_value(key.value, node, loader, f"{config}, line {key.start_mark.line + 1}")
             for key, node in root.value
         }
 
@@ -220,12 +220,12 @@ def _read_override(override: str) -> dict[str, _Value]:
         raise UserError(f"overrides look like key=value, got {shortened(override)!r}")
     where = shortened(override)
     with _yaml(text, where) as (loader, root):
-        return {key: _Value(None, where) if root is None else _value(key, root, loader, where)}
+        return {key: _Value(None, where) if root is None else _read_value(key, root, loader, where)}
 
 
-def _value(key: str, node: yaml.Node, loader: _Loader, where: str) -> _Value:
+def _read_value(key: str, node: yaml.Node, loader: _Loader, where: str) -> _Value:
     try:
-        return _Value(_written(node, loader), where)
+        return _Value(_read_node(node, loader), where)
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{where}: {key}: {error.problem}") from None
 
@@ -376,7 +376,10 @@ def parse(config: str, overrides: list[str]) -> Recipe:
             raise UserError(f"{where}: {key} {error}") from None
     try:
         return Recipe(
-            *(_build(kind, {name: converted[name] for name in converted if name in _names(kind)}) for kind in kinds)
+            *(
+                _build(kind, {name: converted[name] for name in converted if name in _field_names(kind)})
+                for kind in kinds
+            )
         )
     except UserError as error:
         raise UserError(f"{config}: {error}") from error
@@ -405,7 +408,7 @@ def _culprit(kind: type, arguments: dict[str, Any]) -> str:
     return f"one of {', '.join(arguments)}"
 
 
-def _names(kind: type) -> set[str]:
+def _field_names(kind: type) -> set[str]:
     return {field.name for field in dataclasses.fields(kind) if field.init}
 
 
