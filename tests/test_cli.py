@@ -29,6 +29,11 @@ MISTAKES = [
     (["train", "run.yaml", "logging_steps=nan"], "logging_steps must be a finite number, got nan"),
     (["train", "run.yaml", "torch_compile_mode=bogus"], "Unrecognized mode=bogus, should be one of: default, "),
     (["train", "run.yaml", "torch_compile_backend=bogus"], "Invalid backend: 'bogus'"),
+    (
+        ["train", "run.yaml", "metric_for_best_model=x", "load_best_model_at_end=true", "eval_data=[file.txt]"],
+        "metric_for_best_model must be one of loss, ",
+    ),
+    (["train", "run.yaml", "ddp_backend=bogus"], "ddp_backend must be one of nccl, gloo, "),
     (["train", "run.yaml", "report_to=bogus"], "bogus is not supported, only "),
     (["train", "run.yaml", "resume_from_checkpoint=true"], "runs/one holds no complete checkpoint to go on from"),
     (["train", "run.yaml", f"resume_from_checkpoint={LONG}"], "File name too long"),

@@ -209,6 +209,30 @@ def test_null_is_a_value_where_the_field_takes_it(written):
     assert written("stage: sft\n", "max_length=").training.max_length is None
 
 
+@pytest.mark.parametrize("key", ["packing_strategy", "truncation_mode", "loss_type"])
+def test_choices_of_fine_tuning(written, key):
+    pytest.importorskip("trl")
+    with pytest.raises(UserError, match=f"{key} must be one of .*, got 'bogus'"):
+        written(f"stage: sft\n{key}: bogus\n")
+
+
+def test_a_choice_may_be_left_to_transformers(written):
+    lines = "ddp_backend: null\nmetric_for_best_model:\ndataloader_multiprocessing_context: ~\n"
+    _, _, training = written(lines + "load_best_model_at_end: true\nsave_strategy: steps\neval_strategy: steps\n")
+    assert (training.ddp_backend, training.metric_for_best_model) == (None, "loss")
+
+
+def test_every_metric_that_may_choose_the_best_is_measured(tiny_checkpoint, tmp_path):
+    (tmp_path / "text.txt").write_text("one two three four " * 99)
+    recipe = {"model": str(tiny_checkpoint), "sequence_length": 16, "max_steps": 1, "eval_strategy": "steps"}
+    recipe |= {key: [str(tmp_path / "text.txt")] for key in ("train_data", "eval_data")}
+    recipe |= {"use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+    for metric in ("eval_loss", "runtime", "samples_per_second", "eval_steps_per_second"):
+        overrides = [f"output_dir={tmp_path / metric}", f"metric_for_best_model={metric}", "eval_steps=1"]
+        assert train(str(tmp_path / "run.yaml"), overrides).state.best_metric > 0
+
+
 def test_anchors_and_merges_work_at_the_top_too(written):
     lines = (
         "<<: &base {seed: 3, learning_rate: 1e-4}\nseed: 5\nmodel_fields: &fields {a: 1}\nlora: {<<: *fields, r: 2}\n"
@@ -256,6 +280,19 @@ def test_anchors_and_merges_work_at_the_top_too(written):
         ("label_smoothing_factor: 2\n", "label_smoothing_factor must be at most 1, got 2"),
         ("lr_scheduler_type: bogus\n", "lr_scheduler_type must be one of linear, cosine, "),
         ("log_level: bogus\n", "log_level must be one of detail, debug, "),
+        ("log_level_replica: bogus\n", "log_level_replica must be one of detail, debug, "),
+        (
+            "train_sampling_strategy: bogus\n",
+            "train_sampling_strategy must be one of random, sequential, group_by_length",
+        ),
+        ("ddp_backend: bogus\n", "ddp_backend must be one of nccl, gloo, mpi, xccl, hccl, cncl, mccl, got 'bogus'"),
+        ("dataloader_multiprocessing_context: x\n", "dataloader_multiprocessing_context must be one of fork, spawn, "),
+        (
+            "metric_for_best_model: accuracy\n",
+            "line 1: metric_for_best_model must be one of loss, runtime, samples_per_second, steps_per_second, "
+            "eval_loss, eval_runtime, eval_samples_per_second, eval_steps_per_second, got 'accuracy'",
+        ),
+        ("metric_for_best_model: eval_eval_loss\n", "metric_for_best_model must be one of loss, "),
         ("include_num_input_tokens_seen: bogus\n", "must be one of all, non_padding, no, got 'bogus'"),
         ("dtype: int8\n", "dtype must be one of float32, bfloat16, float16, auto, got 'int8'"),
         ("debug: bogus\n", "debug: bogus is not a valid DebugOption"),

@@ -16,7 +16,6 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers.training_args import trainer_log_levels
 
 from ..conversion import DTYPES
 from ..errors import UserError, one_line, shortened
@@ -319,21 +318,22 @@ _RANGES: dict[str, tuple[float, float]] = {
         (1, sys.maxsize),
     ),
 }
-# What a text may be, where any is taken and a wrong one stops late or does nothing.
+# What an evaluation measures: a recipe's trainer is given no `compute_metrics`.
+_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
+# What a text may be, where any is taken and a wrong one stops late or does nothing; beside the `choices` that a field's
+# metadata names for the command line of Transformers, which alone holds to them.
 _CHOICES: dict[str, Collection[object]] = {
     "include_num_input_tokens_seen": (True, False, "all", "non_padding", "no"),
-    "log_level": trainer_log_levels,
-    "log_level_replica": trainer_log_levels,
     "loss_type": ("nll", "dft"),
-    "packing_strategy": ("bfd", "bfd_split", "wrapped"),
-    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
-    "truncation_mode": ("keep_start", "keep_end"),
+    "metric_for_best_model": (*_METRICS, *(f"eval_{metric}" for metric in _METRICS)),
 }
 
 
-def _check_value(name: str, value: object, written: _Written) -> None:
-    if name in _CHOICES and value not in _CHOICES[name]:
-        allowed = ", ".join(str(choice) for choice in _CHOICES[name] if isinstance(choice, str))
+def _check_value(field: dataclasses.Field, value: object, written: _Written) -> None:
+    name = field.name
+    choices = _CHOICES.get(name, field.metadata.get("choices"))
+    if choices and value is not None and value not in choices:
+        allowed = ", ".join(choice for choice in choices if isinstance(choice, str))
         raise ValueError(f"must be one of {allowed}, got {shortened(repr(written))}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         most = sys.maxsize if isinstance(value, int) else sys.float_info.max
@@ -429,5 +429,5 @@ def _field(field: dataclasses.Field, kind: Any, written: _Written) -> dict[str, 
         if default not in ([], {}):
             raise ValueError(f"cannot be empty; leave it out for its default, {default!r}") from None
         return {}
-    _check_value(field.name, value, written)
+    _check_value(field, value, written)
     return {field.name: value}
