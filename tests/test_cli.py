@@ -34,6 +34,7 @@ MISTAKES = [
         "metric_for_best_model must be one of loss, ",
     ),
     (["train", "run.yaml", "ddp_backend=bogus"], "ddp_backend must be one of nccl, gloo, "),
+    (["train", "run.yaml", "fsdp_config={a: 1}"], "fsdp_config sets nothing without fsdp"),
     (["train", "run.yaml", "report_to=bogus"], "bogus is not supported, only "),
     (["train", "run.yaml", "resume_from_checkpoint=true"], "runs/one holds no complete checkpoint to go on from"),
     (["train", "run.yaml", f"resume_from_checkpoint={LONG}"], "File name too long"),

@@ -191,7 +191,8 @@ def test_an_item_is_an_item_and_text_is_text(written):
 def test_values_arrive_as_their_field_wants_them(written):
     run, data, training = written(
         "train_data: {files: d}\neval_data:\nrun_name: 2024-13-45\ninclude_num_input_tokens_seen: no\nseed: 0\n"
-        "max_grad_norm: inf\nliger_kernel_config: {rope: false}\noptim_target_modules: [q, v]\nlora:\n"
+        "max_grad_norm: inf\nuse_liger_kernel: on\nliger_kernel_config: {rope: false}\n"
+        "optim_target_modules: [q, v]\nlora:\n"
         "save_strategy: no\nuse_cpu: on\n"
     )
     assert data.train_data == [json.dumps({"files": "d"})]
@@ -294,6 +295,9 @@ def test_anchors_and_merges_work_at_the_top_too(written):
         ),
         ("metric_for_best_model: eval_eval_loss\n", "metric_for_best_model must be one of loss, "),
         ("include_num_input_tokens_seen: bogus\n", "must be one of all, non_padding, no, got 'bogus'"),
+        ("fsdp_config: {a: 1}\n", "fsdp_config sets nothing without fsdp; give fsdp too, or leave fsdp_config out"),
+        ("fsdp_config: nowhere.json\n", "fsdp_config sets nothing without fsdp"),
+        ("liger_kernel_config: {rope: false}\n", "liger_kernel_config sets nothing without use_liger_kernel"),
         ("dtype: int8\n", "dtype must be one of float32, bfloat16, float16, auto, got 'int8'"),
         ("debug: bogus\n", "debug: bogus is not a valid DebugOption"),
         ("accelerator_config: bogus.json\n", "accelerator_config: No such file or directory: 'bogus.json'"),
