@@ -35,6 +35,8 @@ MISTAKES = [
     ),
     (["train", "run.yaml", "ddp_backend=bogus"], "ddp_backend must be one of nccl, gloo, "),
     (["train", "run.yaml", "fsdp_config={a: 1}"], "fsdp_config sets nothing without fsdp"),
+    (["train", "run.yaml", "resume_from_checkpoint="], "resume_from_checkpoint is empty text; write null for none"),
+    (["train", "run.yaml", "distill_from="], "distill_from is empty text; write null for none"),
     (["train", "run.yaml", "report_to=bogus"], "bogus is not supported, only "),
     (["train", "run.yaml", "resume_from_checkpoint=true"], "runs/one holds no complete checkpoint to go on from"),
     (["train", "run.yaml", f"resume_from_checkpoint={LONG}"], "File name too long"),

@@ -208,6 +208,10 @@ def test_null_is_a_value_where_the_field_takes_it(written):
     pytest.importorskip("trl")
     assert written("stage: sft\nmax_length: null\n").training.max_length is None
     assert written("stage: sft\n", "max_length=").training.max_length is None
+    _, data, training = written(
+        "distill_from:\neval_data: [a]\ndebug: ''\n", "run_name=null", "eval_data=null", "lora="
+    )
+    assert (training.distill_from, training.run_name, data.eval_data) == (None, None, [])
 
 
 @pytest.mark.parametrize("key", ["packing_strategy", "truncation_mode", "loss_type"])
@@ -250,6 +254,7 @@ def test_anchors_and_merges_work_at_the_top_too(written):
         ("lora: {r: 1, r: 2}\n", "line 1: 'r' stands twice"),
         ("train_data:\n  - \n", "line 1: train_data has an empty entry"),
         ("seed: 1\neval_data: [a, '']\n", "line 2: eval_data has an empty entry"),
+        ("seed: 1\nresume_from_checkpoint: ''\n", "line 2: resume_from_checkpoint is empty text; write null for none"),
         ("train_data: ''\n", "train_data must be a list of text, got ''"),
         ("train_data: [[a]]\n", "train_data must be a list of text"),
         ("model: [a]\n", "model must be text or null, got ['a']"),
@@ -323,6 +328,17 @@ def test_mistakes_name_their_line_and_key(written, lines, said):
         (f"seed={'5' * 5000}", "seed must be a whole number"),
         ("seed=nan", "seed=nan: seed must be a whole number, got 'nan'"),
         ("=x", "unknown key ''"),
+        (
+            "resume_from_checkpoint=",
+            "resume_from_checkpoint=: resume_from_checkpoint is empty text; write null for none",
+        ),
+        ("distill_from=", "distill_from is empty text; write null for none"),
+        ("distill_from=''", "distill_from is empty text; write null for none"),
+        ("tokenizer=' '", "tokenizer is empty text"),
+        ("dtype=", "dtype is empty text"),
+        ("lr_scheduler_type=", "lr_scheduler_type cannot be empty; leave it out for its default"),
+        ("seed=", "seed cannot be empty; leave it out for its default, 42"),
+        ("eval_data=", "eval_data must be a list of text, got ''"),
     ],
 )
 def test_mistakes_in_overrides_name_them(written, override, said):

@@ -219,7 +219,7 @@ def _read_override(override: str) -> dict[str, _Value]:
         raise UserError(f"overrides look like key=value, got {shortened(override)!r}")
     where = shortened(override)
     with _yaml(text, where) as (loader, root):
-        return {key: _Value(None, where) if root is None else _read_value(key, root, loader, where)}
+        return {key: _Value("", where) if root is None else _read_value(key, root, loader, where)}
 
 
 def _read_value(key: str, node: yaml.Node, loader: _Loader, where: str) -> _Value:
@@ -247,15 +247,21 @@ _NAMES: dict[Any, str] = {
 }
 
 
+def _members(kind: Any) -> list[Any]:
+    """The types of a union, or the type itself."""
+    members = list(get_args(kind)) if get_origin(kind) in (Union, UnionType) else [kind]
+    if any(isclass(member) and issubclass(member, Enum) for member in members):
+        members = [member for member in members if member is not str]  # Transformers makes the enumeration of it
+    return members
+
+
 def _convert(kind: Any, written: _Written) -> object:
     """What stands in a recipe, as a field of type `kind` takes it.
 
     Raises:
         ValueError: it takes none such; the message says what it takes.
     """
-    members = list(get_args(kind)) if get_origin(kind) in (Union, UnionType) else [kind]
-    if any(isclass(member) and issubclass(member, Enum) for member in members):
-        members = [member for member in members if member is not str]  # Transformers makes the enumeration of it
+    members = _members(kind)
     for member in sorted(members, key=lambda member: _RANK.get(get_origin(member) or member, 0)):
         try:
             return _as_member(member, written)
@@ -420,6 +426,12 @@ def _field(field: dataclasses.Field, kind: Any, written: _Written) -> dict[str, 
     """
     if isinstance(written, list) and any(entry in (None, "") for entry in written):
         raise ValueError("has an empty entry")
+    if isinstance(written, str) and not written.strip() and written != field.default:
+        members = _members(kind)
+        if str in members:  # from a variable of the shell that is not set, most likely: it is no choice of none
+            raise ValueError(f"is empty text{'; write null for none' if NoneType in members else ''}")
+        if list not in map(get_origin, members):
+            written = None  # `max_length=` is as `max_length: ` in the file
     try:
         value = _convert(kind, written)
     except ValueError:
