@@ -328,6 +328,7 @@ def test_mistakes_name_their_line_and_key(written, lines, said):
         (f"seed={'5' * 5000}", "seed must be a whole number"),
         ("seed=nan", "seed=nan: seed must be a whole number, got 'nan'"),
         ("=x", "unknown key ''"),
+        (f"on_bad_row={'9' * 5000}", "on_bad_row must be error or skip, got '999"),
         (
             "resume_from_checkpoint=",
             "resume_from_checkpoint=: resume_from_checkpoint is empty text; write null for none",

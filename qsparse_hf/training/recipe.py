@@ -430,7 +430,7 @@ def _field(field: dataclasses.Field, kind: Any, written: _Written) -> dict[str, 
         members = _members(kind)
         if str in members:  # from a variable of the shell that is not set, most likely: it is no choice of none
             raise ValueError(f"is empty text{'; write null for none' if NoneType in members else ''}")
-        if list not in map(get_origin, members):
+        if all(get_origin(member) is not list for member in members):
             written = None  # `max_length=` is as `max_length: ` in the file
     try:
         value = _convert(kind, written)
