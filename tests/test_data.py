@@ -109,6 +109,7 @@ def test_files_of_every_kind(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", rows)
     (tmp_path / "b.json").write_text(json.dumps(rows))
     (tmp_path / "c.json").write_text((tmp_path / "a.jsonl").read_text())  # lines by another name
+    (tmp_path / "c.jsonlines").write_text((tmp_path / "a.jsonl").read_text())
     (tmp_path / "c.NDJSON").write_text((tmp_path / "a.jsonl").read_text())
     (tmp_path / "b2.json").write_text("\n " + json.dumps(rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
@@ -120,11 +121,11 @@ def test_files_of_every_kind(tmp_path):
 
     (tmp_path / "package.py").mkdir()
     (tmp_path / "g.py").write_text("first\ndocument")
-    (tmp_path / "h.txt").write_bytes(b"sec\xffond")
+    (tmp_path / "h.txt").write_text("second")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    assert texts_of(str(tmp_path / "*.[pt][yx]*")) == ["first\ndocument", "sec�ond"]
+    assert texts_of(str(tmp_path / "*.[pt][yx]*")) == ["first\ndocument", "second"]
     everything = texts_of({"files": str(tmp_path), "columns": {"text": "body"}})
-    assert sorted(everything) == sorted(["one", "two"] * 8 + ["first\ndocument", "sec�ond"])
+    assert sorted(everything) == sorted(["one", "two"] * 9 + ["first\ndocument", "second"])
 
 
 COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
@@ -159,6 +160,44 @@ def test_archives_and_unknown_compressions_are_refused(tmp_path):
     for name, said in (("a.jsonl.zip", "is an archive; unpack it"), ("b.tar.gz", "is an archive"), ("c*", "a package")):
         with pytest.raises(UserError, match=said):
             rows_of(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "ending"),
+    [
+        ("a.jsonl.bak", ".jsonl"),
+        ("a.jsonl.1", ".jsonl"),
+        ("a.json.tmp", ".json"),
+        ("a.csv.txt", ".csv"),
+        ("a.tsv", ".tsv"),
+        ("a.TSV.txt", ".TSV"),
+        ("a.v1.Parquet.part", ".Parquet"),
+        ("a.csv~", ".csv~"),
+        ("a.ndjson_old", ".ndjson_old"),
+    ],
+)
+def test_a_table_under_another_name_is_refused(tmp_path, name, ending, compression):
+    file = tmp_path / f"{name}{compression}"
+    file.write_bytes(COMPRESSIONS[compression](b'{"text": "x"}\n'))
+    for pattern in (file, tmp_path / "a.*"):
+        with pytest.raises(UserError) as raised:
+            rows_of(str(pattern))
+        assert str(raised.value) == (
+            f"{file} is named like a table ({ending}) and would be read as text: tables are read from .jsonl, "
+            f".jsonlines, .ndjson, .json, .parquet, .csv, and the name of a text wants .txt without {ending}"
+        )
+
+
+def test_a_folder_is_read_for_its_known_endings(tmp_path):
+    for name in ("a.jsonl.bak", "b.tsv", "c.json.tmp"):
+        (tmp_path / name).write_text('{"text": "left out"}')
+    write_jsonl(tmp_path / "rows.v1.jsonl", [{"text": "a row"}])
+    (tmp_path / "package.json.md").write_text("about package.json")
+    assert sorted(texts_of(str(tmp_path))) == ["a row", "about package.json"]
+    (tmp_path / "d.csv.txt").write_text("text\nfine\n")
+    with pytest.raises(UserError, match=r"d.csv.txt is named like a table \(.csv\)"):
+        rows_of(str(tmp_path))
 
 
 def test_hidden_files_of_a_folder_are_left_out(tmp_path):
@@ -304,6 +343,22 @@ def test_text_that_is_not_utf8_is_named(tmp_path, name, lines, number):
     )
 
 
+def test_a_text_file_that_says_nothing_or_is_not_utf8_is_named_or_counted(tmp_path, tiny_tokenizer, caplog):
+    (tmp_path / "a.txt").write_text("good " * 9)
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"caf\xe9"))
+    (tmp_path / "d.txt").write_text(" \n")
+    not_utf8 = "holds bytes that are not UTF-8"
+    for name, problem in (("b.txt", not_utf8), ("c.txt.gz", not_utf8), ("d.txt", "is empty")):
+        assert checked(tmp_path / name) == ([], [f": {problem}"])
+    data = arguments(str(tmp_path))
+    with pytest.raises(UserError, match=r"b.txt: holds bytes that are not UTF-8 \(on_bad_row: skip"):
+        pack_on_disk(data.train_sources, tiny_tokenizer, data, seed=0)
+    data = arguments(str(tmp_path), on_bad_row="skip")
+    assert len(pack_on_disk(data.train_sources, tiny_tokenizer, data, seed=0)) == 46 // 16
+    assert f"skipped 3 of 4 rows; the first: {tmp_path / 'b.txt'}: {not_utf8}" in caplog.text
+
+
 def test_parquet_columns_are_read_where_they_are_asked_for(tmp_path, tiny_tokenizer):
     dates = pyarrow.array([0, 1 << 50, 0], pyarrow.timestamp("ms"))  # one that Python has no date for
     _, offsets, data = pyarrow.array([b"one", b"tw\xff", b"three"]).buffers()
@@ -339,6 +394,35 @@ def test_unreadable_files_are_named(tmp_path, tiny_tokenizer):
     data = arguments(str(tmp_path / "e.arrow"))
     with pytest.raises(UserError, match=r"e.arrow: is not text"):
         pack_on_disk(data.train_sources, tiny_tokenizer, data, seed=0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"data":[\n  {"text": "a"},\n  {"text": "b"}\n]}',
+        '\n{\n  "text": "a"\n}\n{\n  "text": "b"\n}\n',
+    ],
+)
+@pytest.mark.parametrize("compression", ["", ".gz"])
+def test_an_object_over_several_lines_is_refused(tmp_path, tiny_tokenizer, content, compression):
+    file = tmp_path / f"a.json{compression}"
+    file.write_bytes(COMPRESSIONS[compression](content.encode()))
+    data = arguments(str(file), on_bad_row="skip")
+    with pytest.raises(UserError) as raised:
+        pack_on_disk(data.train_sources, tiny_tokenizer, data, seed=0)
+    assert str(raised.value) == (
+        f"{file}: cannot be read: its object goes over several lines; it must hold a list of rows, [{{...}}, ...], or "
+        "a row a line"
+    )
+
+
+def test_lines_of_json_under_that_name_may_begin_with_a_bad_row(tmp_path):
+    for number, bad in enumerate(['{"text": "un', "{}x", '{"text": "a"} {', "]"]):
+        file = tmp_path / f"{number}.json"
+        file.write_text(bad + '\n{"text": "good"}\n')
+        texts, named = checked(file)
+        assert texts == ["good"]
+        assert [said[:16] for said in named] == [":1: is not JSON:"]
 
 
 def test_nothing_to_train_on_is_named(tmp_path, tiny_tokenizer):
@@ -384,6 +468,9 @@ def test_the_cache_notices_what_changed(tmp_path, tiny_tokenizer):
         ([{"files": "a", "probability": math.nan}], "above 0 and at most 1, got nan"),
         ([{"files": "a", "columns": None}], "columns of a must be a column's name or .*, got None"),
         ([{"files": "a", "columns": {"text": 3}}], r"columns of a must be .*, got \{'text': 3\}"),
+        ([{"files": "a", "columns": {"text": ""}}], r"columns of a must be a column's name or .*, got \{'text': ''\}"),
+        ([{"files": "a", "columns": " "}], r"columns of a must be a column's name or .*, got \{'text': ' '\}"),
+        ([{"dataset": "a", "columns": {"prompt": "q", "completion": ""}}], "columns of a must be a column's name or"),
         ([{"files": ["a", 3]}], r"must be a path or several, got \('a', 3\)"),
         ([{"dataset": "a", "name": 2024}], "name of a data source must be text, got 2024"),
         ([{"dataset": "a", "split": None}], "split of a data source must be text, got None"),
@@ -491,7 +578,7 @@ def test_a_text_file_holds_no_conversation(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", [{"chat": [{"role": "user", "content": "hi"}]}])
     rows = rows_of({"files": str(tmp_path), "columns": {"messages": "chat"}})
     assert [row["problem"] for row in rows] == [
-        "is one document of text; messages are read from .jsonl, .ndjson, .json, .parquet, .csv",
+        "is one document of text; messages are read from .jsonl, .jsonlines, .ndjson, .json, .parquet, .csv",
         None,
     ]
 

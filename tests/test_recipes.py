@@ -191,7 +191,8 @@ def test_an_item_is_an_item_and_text_is_text(written):
 def test_values_arrive_as_their_field_wants_them(written):
     run, data, training = written(
         "train_data: {files: d}\neval_data:\nrun_name: 2024-13-45\ninclude_num_input_tokens_seen: no\nseed: 0\n"
-        "max_grad_norm: inf\nliger_kernel_config: {rope: false}\noptim_target_modules: [q, v]\nlora:\n"
+        "max_grad_norm: inf\nuse_liger_kernel: on\nliger_kernel_config: {rope: false}\n"
+        "optim_target_modules: [q, v]\nlora:\n"
         "save_strategy: no\nuse_cpu: on\n"
     )
     assert data.train_data == [json.dumps({"files": "d"})]
@@ -207,6 +208,34 @@ def test_null_is_a_value_where_the_field_takes_it(written):
     pytest.importorskip("trl")
     assert written("stage: sft\nmax_length: null\n").training.max_length is None
     assert written("stage: sft\n", "max_length=").training.max_length is None
+    _, data, training = written(
+        "distill_from:\neval_data: [a]\ndebug: ''\n", "run_name=null", "eval_data=null", "lora="
+    )
+    assert (training.distill_from, training.run_name, data.eval_data) == (None, None, [])
+
+
+@pytest.mark.parametrize("key", ["packing_strategy", "truncation_mode", "loss_type"])
+def test_choices_of_fine_tuning(written, key):
+    pytest.importorskip("trl")
+    with pytest.raises(UserError, match=f"{key} must be one of .*, got 'bogus'"):
+        written(f"stage: sft\n{key}: bogus\n")
+
+
+def test_a_choice_may_be_left_to_transformers(written):
+    lines = "ddp_backend: null\nmetric_for_best_model:\ndataloader_multiprocessing_context: ~\n"
+    _, _, training = written(lines + "load_best_model_at_end: true\nsave_strategy: steps\neval_strategy: steps\n")
+    assert (training.ddp_backend, training.metric_for_best_model) == (None, "loss")
+
+
+def test_every_metric_that_may_choose_the_best_is_measured(tiny_checkpoint, tmp_path):
+    (tmp_path / "text.txt").write_text("one two three four " * 99)
+    recipe = {"model": str(tiny_checkpoint), "sequence_length": 16, "max_steps": 1, "eval_strategy": "steps"}
+    recipe |= {key: [str(tmp_path / "text.txt")] for key in ("train_data", "eval_data")}
+    recipe |= {"use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe))
+    for metric in ("eval_loss", "runtime", "samples_per_second", "eval_steps_per_second"):
+        overrides = [f"output_dir={tmp_path / metric}", f"metric_for_best_model={metric}", "eval_steps=1"]
+        assert train(str(tmp_path / "run.yaml"), overrides).state.best_metric > 0
 
 
 def test_anchors_and_merges_work_at_the_top_too(written):
@@ -225,6 +254,7 @@ def test_anchors_and_merges_work_at_the_top_too(written):
         ("lora: {r: 1, r: 2}\n", "line 1: 'r' stands twice"),
         ("train_data:\n  - \n", "line 1: train_data has an empty entry"),
         ("seed: 1\neval_data: [a, '']\n", "line 2: eval_data has an empty entry"),
+        ("seed: 1\nresume_from_checkpoint: ''\n", "line 2: resume_from_checkpoint is empty text; write null for none"),
         ("train_data: ''\n", "train_data must be a list of text, got ''"),
         ("train_data: [[a]]\n", "train_data must be a list of text"),
         ("model: [a]\n", "model must be text or null, got ['a']"),
@@ -256,7 +286,23 @@ def test_anchors_and_merges_work_at_the_top_too(written):
         ("label_smoothing_factor: 2\n", "label_smoothing_factor must be at most 1, got 2"),
         ("lr_scheduler_type: bogus\n", "lr_scheduler_type must be one of linear, cosine, "),
         ("log_level: bogus\n", "log_level must be one of detail, debug, "),
+        ("log_level_replica: bogus\n", "log_level_replica must be one of detail, debug, "),
+        (
+            "train_sampling_strategy: bogus\n",
+            "train_sampling_strategy must be one of random, sequential, group_by_length",
+        ),
+        ("ddp_backend: bogus\n", "ddp_backend must be one of nccl, gloo, mpi, xccl, hccl, cncl, mccl, got 'bogus'"),
+        ("dataloader_multiprocessing_context: x\n", "dataloader_multiprocessing_context must be one of fork, spawn, "),
+        (
+            "metric_for_best_model: accuracy\n",
+            "line 1: metric_for_best_model must be one of loss, runtime, samples_per_second, steps_per_second, "
+            "eval_loss, eval_runtime, eval_samples_per_second, eval_steps_per_second, got 'accuracy'",
+        ),
+        ("metric_for_best_model: eval_eval_loss\n", "metric_for_best_model must be one of loss, "),
         ("include_num_input_tokens_seen: bogus\n", "must be one of all, non_padding, no, got 'bogus'"),
+        ("fsdp_config: {a: 1}\n", "fsdp_config sets nothing without fsdp; give fsdp too, or leave fsdp_config out"),
+        ("fsdp_config: nowhere.json\n", "fsdp_config sets nothing without fsdp"),
+        ("liger_kernel_config: {rope: false}\n", "liger_kernel_config sets nothing without use_liger_kernel"),
         ("dtype: int8\n", "dtype must be one of float32, bfloat16, float16, auto, got 'int8'"),
         ("debug: bogus\n", "debug: bogus is not a valid DebugOption"),
         ("accelerator_config: bogus.json\n", "accelerator_config: No such file or directory: 'bogus.json'"),
@@ -282,6 +328,18 @@ def test_mistakes_name_their_line_and_key(written, lines, said):
         (f"seed={'5' * 5000}", "seed must be a whole number"),
         ("seed=nan", "seed=nan: seed must be a whole number, got 'nan'"),
         ("=x", "unknown key ''"),
+        (f"on_bad_row={'9' * 5000}", "on_bad_row must be error or skip, got '999"),
+        (
+            "resume_from_checkpoint=",
+            "resume_from_checkpoint=: resume_from_checkpoint is empty text; write null for none",
+        ),
+        ("distill_from=", "distill_from is empty text; write null for none"),
+        ("distill_from=''", "distill_from is empty text; write null for none"),
+        ("tokenizer=' '", "tokenizer is empty text"),
+        ("dtype=", "dtype is empty text"),
+        ("lr_scheduler_type=", "lr_scheduler_type cannot be empty; leave it out for its default"),
+        ("seed=", "seed cannot be empty; leave it out for its default, 42"),
+        ("eval_data=", "eval_data must be a list of text, got ''"),
     ],
 )
 def test_mistakes_in_overrides_name_them(written, override, said):

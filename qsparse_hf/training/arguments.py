@@ -13,12 +13,16 @@ else:
     _Arguments = object
 
 
+# Settings that Transformers leaves unread, without a word, unless another field turns on what they set.
+_SETTINGS = {"fsdp_config": "fsdp", "liger_kernel_config": "use_liger_kernel"}
+
+
 @dataclass
 class QSparseArguments(_Arguments):
     """What a Q-Sparse trainer adds to the arguments of the trainer it is mixed into.
 
     Raises:
-        UserError: a field outside its range.
+        UserError: a field outside its range, or one that is read only along with another that is not given.
     """
 
     sparsity_ramp_steps: int = field(
@@ -67,6 +71,9 @@ class QSparseArguments(_Arguments):
                 raise UserError(f"{name} must be at least {least:g}, got {getattr(self, name)}")
         if self.max_steps == 0:
             raise UserError("max_steps must be at least 1, or -1 to go by num_train_epochs, got 0")
+        for setting, switch in _SETTINGS.items():
+            if getattr(self, setting) and not getattr(self, switch):
+                raise UserError(f"{setting} sets nothing without {switch}; give {switch} too, or leave {setting} out")
         super().__post_init__()
         self.settle()
 

@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UserError
+from ..errors import UserError, shortened
 from .sources import RowCheck, Source, check_whole, read_documents, reason
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class DataArguments:
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.on_bad_row not in ("error", "skip"):
-            raise UserError(f"on_bad_row must be error or skip, got {self.on_bad_row!r}")
+            raise UserError(f"on_bad_row must be error or skip, got {shortened(repr(self.on_bad_row))}")
 
 
 class Packed(NamedTuple):

@@ -16,7 +16,6 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers.training_args import trainer_log_levels
 
 from ..conversion import DTYPES
 from ..errors import UserError, one_line, shortened
@@ -188,10 +187,10 @@ def _yaml(text: str, source: str) -> Iterator[tuple[_Loader, yaml.Node | None]]:
         raise UserError(f"{source} is not YAML: lists or mappings stand too deep within each other") from None
 
 
-def _written(node: yaml.Node, loader: _Loader) -> _Written:
+def _read_node(node: yaml.Node, loader: _Loader) -> _Written:
     """Scalars as they are written: their field's type is known, while YAML would read `no` as false."""
     if isinstance(node, yaml.SequenceNode):
-        return [_written(item, loader) for item in node.value]
+        return [_read_node(item, loader) for item in node.value]
     if isinstance(node, yaml.MappingNode):
         return loader.construct_object(node, deep=True)
     return None if node.tag == _TAGS["null"] else node.value
@@ -209,7 +208,7 @@ def _read_file(config: str) -> dict[str, _Value]:
             raise UserError(f"{config} must hold `key: value` lines")
         loader.flatten_mapping(root)
         return {
-            key.value: _value(key.value, node, loader, f"{config}, line {key.start_mark.line + 1}")
+            key.value: _read_value(key.value, node, loader, f"{config}, line {key.start_mark.line + 1}")
             for key, node in root.value
         }
 
@@ -220,12 +219,12 @@ def _read_override(override: str) -> dict[str, _Value]:
         raise UserError(f"overrides look like key=value, got {shortened(override)!r}")
     where = shortened(override)
     with _yaml(text, where) as (loader, root):
-        return {key: _Value(None, where) if root is None else _value(key, root, loader, where)}
+        return {key: _Value("", where) if root is None else _read_value(key, root, loader, where)}
 
 
-def _value(key: str, node: yaml.Node, loader: _Loader, where: str) -> _Value:
+def _read_value(key: str, node: yaml.Node, loader: _Loader, where: str) -> _Value:
     try:
-        return _Value(_written(node, loader), where)
+        return _Value(_read_node(node, loader), where)
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{where}: {key}: {error.problem}") from None
 
@@ -248,15 +247,21 @@ _NAMES: dict[Any, str] = {
 }
 
 
+def _members(kind: Any) -> list[Any]:
+    """The types of a union, or the type itself."""
+    members = list(get_args(kind)) if get_origin(kind) in (Union, UnionType) else [kind]
+    if any(isclass(member) and issubclass(member, Enum) for member in members):
+        members = [member for member in members if member is not str]  # Transformers makes the enumeration of it
+    return members
+
+
 def _convert(kind: Any, written: _Written) -> object:
     """What stands in a recipe, as a field of type `kind` takes it.
 
     Raises:
         ValueError: it takes none such; the message says what it takes.
     """
-    members = list(get_args(kind)) if get_origin(kind) in (Union, UnionType) else [kind]
-    if any(isclass(member) and issubclass(member, Enum) for member in members):
-        members = [member for member in members if member is not str]  # Transformers makes the enumeration of it
+    members = _members(kind)
     for member in sorted(members, key=lambda member: _RANK.get(get_origin(member) or member, 0)):
         try:
             return _as_member(member, written)
@@ -319,21 +324,22 @@ _RANGES: dict[str, tuple[float, float]] = {
         (1, sys.maxsize),
     ),
 }
-# What a text may be, where any is taken and a wrong one stops late or does nothing.
+# What an evaluation measures: a recipe's trainer is given no `compute_metrics`.
+_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
+# What a text may be, where any is taken and a wrong one stops late or does nothing; beside the `choices` that a field's
+# metadata names for the command line of Transformers, which alone holds to them.
 _CHOICES: dict[str, Collection[object]] = {
     "include_num_input_tokens_seen": (True, False, "all", "non_padding", "no"),
-    "log_level": trainer_log_levels,
-    "log_level_replica": trainer_log_levels,
     "loss_type": ("nll", "dft"),
-    "packing_strategy": ("bfd", "bfd_split", "wrapped"),
-    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
-    "truncation_mode": ("keep_start", "keep_end"),
+    "metric_for_best_model": (*_METRICS, *(f"eval_{metric}" for metric in _METRICS)),
 }
 
 
-def _check_value(name: str, value: object, written: _Written) -> None:
-    if name in _CHOICES and value not in _CHOICES[name]:
-        allowed = ", ".join(str(choice) for choice in _CHOICES[name] if isinstance(choice, str))
+def _check_value(field: dataclasses.Field, value: object, written: _Written) -> None:
+    name = field.name
+    choices = _CHOICES.get(name, field.metadata.get("choices"))
+    if choices and value is not None and value not in choices:
+        allowed = ", ".join(choice for choice in choices if isinstance(choice, str))
         raise ValueError(f"must be one of {allowed}, got {shortened(repr(written))}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         most = sys.maxsize if isinstance(value, int) else sys.float_info.max
@@ -376,7 +382,10 @@ def parse(config: str, overrides: list[str]) -> Recipe:
             raise UserError(f"{where}: {key} {error}") from None
     try:
         return Recipe(
-            *(_build(kind, {name: converted[name] for name in converted if name in _names(kind)}) for kind in kinds)
+            *(
+                _build(kind, {name: converted[name] for name in converted if name in _field_names(kind)})
+                for kind in kinds
+            )
         )
     except UserError as error:
         raise UserError(f"{config}: {error}") from error
@@ -405,7 +414,7 @@ def _culprit(kind: type, arguments: dict[str, Any]) -> str:
     return f"one of {', '.join(arguments)}"
 
 
-def _names(kind: type) -> set[str]:
+def _field_names(kind: type) -> set[str]:
     return {field.name for field in dataclasses.fields(kind) if field.init}
 
 
@@ -417,6 +426,12 @@ def _field(field: dataclasses.Field, kind: Any, written: _Written) -> dict[str, 
     """
     if isinstance(written, list) and any(entry in (None, "") for entry in written):
         raise ValueError("has an empty entry")
+    if isinstance(written, str) and not written.strip() and written != field.default:
+        members = _members(kind)
+        if str in members:  # from a variable of the shell that is not set, most likely: it is no choice of none
+            raise ValueError(f"is empty text{'; write null for none' if NoneType in members else ''}")
+        if all(get_origin(member) is not list for member in members):
+            written = None  # `max_length=` is as `max_length: ` in the file
     try:
         value = _convert(kind, written)
     except ValueError:
@@ -426,5 +441,5 @@ def _field(field: dataclasses.Field, kind: Any, written: _Written) -> dict[str, 
         if default not in ([], {}):
             raise ValueError(f"cannot be empty; leave it out for its default, {default!r}") from None
         return {}
-    _check_value(field.name, value, written)
+    _check_value(field, value, written)
     return {field.name: value}

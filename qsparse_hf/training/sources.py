@@ -42,8 +42,11 @@ FEATURES = Features(
     | {"messages": List(_MESSAGE), "origin": Value("string"), "problem": Value("string")}
 )
 
-_TABLES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")
+_TABLES = (".jsonl", ".jsonlines", ".ndjson", ".json", ".parquet", ".csv")
 _TEXTS = (".txt", ".md", ".rst", ".py")
+# These say what a file is, whatever stands before them: `package.json.md` is text. `.txt` does not, as systems that
+# hide endings append it: `rows.csv.txt` may well be a table.
+_CERTAIN = tuple(ending for ending in (*_TABLES, *_TEXTS) if ending != ".txt")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".lzma", ".zst", ".lz4", ".snappy")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar")
 # ShareGPT's names for a message's fields and speakers.
@@ -63,9 +66,11 @@ class Source:
     """One place that documents come from.
 
     Attributes:
-        files: paths, folders or globs. `.jsonl`, `.ndjson`, `.json`, `.parquet` and `.csv` (also compressed) hold rows;
-            any other text file is one document, of a folder those that end in `.txt`, `.md`, `.rst` or `.py`. Text is
-            UTF-8, with or without a byte-order mark. What is hidden in a folder (`.git`) is left out.
+        files: paths, folders or globs. `.jsonl`, `.jsonlines`, `.ndjson`, `.json`, `.parquet` and `.csv` (also
+            compressed) hold rows; any other text file is one document, of a folder those that end in `.txt`, `.md`,
+            `.rst` or `.py`. A name such as `a.csv.txt` or `a.jsonl.bak` says both and is refused; in a folder, those
+            of other endings are left out, and so is what is hidden (`.git`). Text is UTF-8, with or without a
+            byte-order mark.
         dataset: or a dataset on the Hub or a local folder that `load_dataset` understands.
         name: its configuration (subset).
         split: its split; slices like `train[:1%]` too, unless it is streamed.
@@ -98,7 +103,9 @@ class Source:
             raise UserError("a data source must name a file, a folder, a glob or a dataset, got empty text")
         if bool(self.files) == bool(self.dataset):
             raise UserError("a data source needs either files or dataset")
-        if not isinstance(self.columns, dict) or not all(isinstance(name, str) for name in self.columns.values()):
+        if not isinstance(self.columns, dict) or not all(
+            isinstance(name, str) and name.strip() for name in self.columns.values()
+        ):
             raise UserError(f"columns of {self} must be a column's name or {{role: column}}, got {self.columns!r}")
         if set(self.columns) not in ROLES:
             allowed = "; ".join("+".join(sorted(roles)) for roles in ROLES)
@@ -236,6 +243,11 @@ def _match(pattern: str) -> list[Path]:
     if not found:
         raise UserError(f"no file matches {pattern!r}")
     for path in found:
+        if _kind(path) not in (*_CERTAIN, *_ARCHIVES) and (ending := _table_within(path)):
+            raise UserError(
+                f"{path} is named like a table ({ending}) and would be read as text: tables are read from "
+                f"{', '.join(_TABLES)}, and the name of a text wants .txt without {ending}"
+            )
         if _kind(path) in _ARCHIVES:
             raise UserError(
                 f"{path} is an archive; unpack it, or compress each file by itself ({', '.join(_COMPRESSED)})"
@@ -248,6 +260,11 @@ def _match(pattern: str) -> list[Path]:
 def _kind(path: Path) -> str:
     """The ending that says how a file is read, without its compression's."""
     return (path.with_suffix("").suffix if path.suffix.lower() in _COMPRESSED else path.suffix).lower()
+
+
+def _table_within(path: Path) -> str | None:
+    """The first ending of a name that begins like a table's: `.jsonl` of `a.jsonl.bak`, `.csv~` of `a.csv~`."""
+    return next((ending for ending in path.suffixes if ending.lower().startswith((*_TABLES, ".tsv"))), None)
 
 
 def _read_files(files: list[str], columns: dict[str, str]) -> Iterator[dict]:
@@ -273,17 +290,22 @@ class _BadRow(ValueError):
 _Rows = Iterator[tuple[object, int]]
 
 
-def _open_text(file: str, errors: str = "surrogateescape", newline: str | None = None) -> fsspec.core.OpenFile:
+def _open_text(file: str, newline: str | None = None) -> fsspec.core.OpenFile:
     """`file` as text without its byte-order mark. Bytes that are not UTF-8 stay in it, for their row to be named."""
-    return fsspec.open(file, "rt", compression="infer", encoding="utf-8-sig", errors=errors, newline=newline)
+    return fsspec.open(file, "rt", compression="infer", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def _read_text(file: str, columns: dict[str, str]) -> object:
     if "text" not in columns:
         return _BadRow(f"is one document of text; {', '.join(columns)} are read from {', '.join(_TABLES)}")
-    with _open_text(file, errors="replace") as opened:
+    with _open_text(file) as opened:
         text = opened.read()
-    return _BadRow("is not text; it holds NUL bytes") if "\0" in text else {"text": text}
+    if "\0" in text:
+        return _BadRow("is not text; it holds NUL bytes")
+    try:
+        return {"text": _text(text)}
+    except _BadRow as bad:  # of the file, which has no column to name
+        return bad
 
 
 class _Twice:
@@ -317,13 +339,25 @@ def _read_jsonl(file: str, asked: Sequence[str]) -> _Rows:
 
 def _read_json(file: str, asked: Sequence[str]) -> _Rows:
     with _open_text(file) as text:
-        begins = next((line.lstrip()[0] for line in text if line.strip()), "")
-        if begins == "[":
-            text.seek(0)
+        first = next((line.strip() for line in text if line.strip()), "")
+        text.seek(0)
+        if first.startswith("["):
             for number, row in enumerate(_JSON.decode(text.read()), 1):
                 yield row, number
             return
+        if first and not _length_of_json(first) and _length_of_json(text.read().strip()):
+            raise ValueError(
+                "its object goes over several lines; it must hold a list of rows, [{...}, ...], or a row a line"
+            )
     yield from _read_jsonl(file, asked)  # JSON lines by another name
+
+
+def _length_of_json(text: str) -> int:
+    """Characters of the value that `text` begins with; 0 where it begins with none that is whole."""
+    try:
+        return _JSON.raw_decode(text)[1]
+    except (ValueError, RecursionError):
+        return 0
 
 
 def _read_parquet(file: str, asked: Sequence[str]) -> _Rows:
@@ -412,6 +446,7 @@ def _csv_records(lines: Iterable[str]) -> Iterator[tuple[list[str] | _BadRow, in
 
 _READERS: dict[str, Callable[[str, Sequence[str]], _Rows]] = {
     ".jsonl": _read_jsonl,
+    ".jsonlines": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
