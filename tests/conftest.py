@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from m
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,14 @@ def run_qsparse(*arguments) -> subprocess.CompletedProcess:
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def precision() -> Iterator[None]:
+    """Training with `torch_compile` turns TF32 on for the whole process; the next test wants fp32 as it was."""
+    before = torch.backends.fp32_precision
+    yield
+    torch.backends.fp32_precision = before
 
 
 @pytest.fixture

@@ -27,9 +27,8 @@ _BLOCK = 64
 
 
 @triton.jit
-def _rotated(head_ptr, cos_ptr, sin_ptr, d: tl.constexpr, ROTARY: tl.constexpr):
-    """A head after the rotary embedding, rounded where Transformers rounds it."""
-    at = tl.arange(0, d)
+def _rotated(head_ptr, at, cos_ptr, sin_ptr, ROTARY: tl.constexpr):
+    """These features of a head after the rotary embedding of its first ROTARY, rounded where Transformers rounds."""
     turns, first = at < ROTARY, at < ROTARY // 2
     head = tl.load(head_ptr + at)
     other = tl.load(head_ptr + tl.where(first, at + ROTARY // 2, at - ROTARY // 2), mask=turns, other=0.0)
@@ -70,7 +69,8 @@ def decode_attention_kernel(
 ):
     """One query head over one of SPLITS parts of the cache; the program that finishes last adds up the parts."""
     sequence, head = tl.program_id(0) // H, tl.program_id(0) % H
-    whole = tl.arange(0, d)
+    HALF: tl.constexpr = d // 2  # a thread has places of both halves of a head: twice the loads under way
+    low, high, whole = tl.arange(0, HALF), HALF + tl.arange(0, HALF), tl.arange(0, d)
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
@@ -80,8 +80,10 @@ def decode_attention_kernel(
     value_ptr += sequence * value_stride + head // G * d
     cos_ptr += sequence * ROTARY
     sin_ptr += sequence * ROTARY
-    scaled = _rotated(query_ptr, cos_ptr, sin_ptr, d, ROTARY).to(tl.float32) * scaling
-    new_key = _rotated(key_ptr, cos_ptr, sin_ptr, d, ROTARY)
+    query_low = _rotated(query_ptr, low, cos_ptr, sin_ptr, ROTARY).to(tl.float32) * scaling
+    query_high = _rotated(query_ptr, high, cos_ptr, sin_ptr, ROTARY).to(tl.float32) * scaling
+    new_low = _rotated(key_ptr, low, cos_ptr, sin_ptr, ROTARY)
+    new_high = _rotated(key_ptr, high, cos_ptr, sin_ptr, ROTARY)
     new_value = tl.load(value_ptr + whole)
 
     entries = (sequence * (H // G) + head // G).to(tl.int64) * L * d
@@ -93,21 +95,23 @@ def decode_attention_kernel(
         # The new entry is taken from registers: it is written by one head of the group, perhaps after others would
         # read it.
         if head % G == 0 and length < L:
-            tl.store(keys_ptr + length * d + whole, new_key)
+            tl.store(keys_ptr + length * d + low, new_low)
+            tl.store(keys_ptr + length * d + high, new_high)
             tl.store(values_ptr + length * d + whole, new_value)
-        largest = tl.sum(scaled * new_key.to(tl.float32), axis=0)
+        largest = tl.sum(query_low * new_low.to(tl.float32) + query_high * new_high.to(tl.float32), axis=0)
         total = 1.0
         sums = new_value.to(tl.float32)
     part = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
     for start in range(split * part, tl.minimum((split + 1) * part, length), BLOCK):
         entry = start + tl.arange(0, BLOCK)
         inside = entry < length
-        at = entry[:, None] * d + whole[None, :]
-        key = tl.load(keys_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
-        value = tl.load(values_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
+        at = entry[:, None] * d
+        key_low = tl.load(keys_ptr + at + low[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        key_high = tl.load(keys_ptr + at + high[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+        value = tl.load(values_ptr + at + whole[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
         if mask_ptr is not None:
             inside = inside & (tl.load(mask_ptr + sequence * mask_stride + entry, mask=inside, other=0) != 0)
-        score = tl.sum(key * scaled[None, :], axis=1)
+        score = tl.sum(key_low * query_low[None, :] + key_high * query_high[None, :], axis=1)
         score = tl.where(inside, score, -float("inf"))
         new_largest = tl.maximum(largest, tl.max(score, axis=0))
         if new_largest > -float("inf"):
