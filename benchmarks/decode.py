@@ -1,4 +1,4 @@
-"""DecodeCall, dense and sparse: through `generate`, the step alone, each product; on a GPU or a CPU.
+"""Decoding, dense and sparse: through `generate`, the step alone, each product; on a GPU or a CPU.
 
     python benchmarks/decode.py --output decode.json
     python benchmarks/decode.py --models llama-3-8b 70b-slice --batches 1 2 4 --prompts 32 2048

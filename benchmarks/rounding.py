@@ -1,7 +1,7 @@
 """What rounding does to a real model: one forward computed in two ways, compared token by token and on average.
 
     qsparse convert DENSE_MODEL runs/sparse --sparsity 0.5
-    python benchmarks/rounding.py runs/sparse --text TEXT_FILE --output rounding.json
+    python benchmarks/rounding.py runs/sparse --text TEXT_FILE --output runs/rounding.json
     python benchmarks/rounding.py runs/sparse --text TEXT_FILE --dtype float64 --windows 2 --step-windows 1
 
 Two ways that are equal but for rounding: attention as "eager" against "sdpa", and the prepared model's cached steps,
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16, help="how many the forwards read")
     parser.add_argument("--step-windows", type=int, default=2, help="how many of these the steps read")
     parser.add_argument("--dtype", choices=["float32", "float64", "bfloat16"], default="float32", help="of the model")
-    parser.add_argument("--output", type=Path, default=Path("rounding.json"), help="JSON with every figure")
+    parser.add_argument("--output", type=Path, default=Path("runs/rounding.json"), help="JSON with every figure")
     arguments = parser.parse_args()
     try:
         check_writable(arguments.output)

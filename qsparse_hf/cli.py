@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 
 from .errors import Interrupted, UserError, shortened
 
@@ -70,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qsparse", description="Large language models that run on a fraction of their activations."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('qsparse-hf')}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     def verb(function: Callable, summary: str, example: str) -> argparse.ArgumentParser:

@@ -24,6 +24,7 @@ MISTAKES = [
     (["train", "empty"], "empty: Is a directory"),
     (["train", "broken.yaml"], "broken.yaml is not YAML, line 3: "),
     (["train", "run.yaml", "lerning_rate=1"], "unknown key 'lerning_rate'; did you mean 'learning_rate'?"),
+    (["train", "run.yaml", "sparsity=0.9"], "it is a field of the model: write model_fields='{sparsity: ...}'"),
     (["train", "run.yaml", "train_data=[a, ]x"], "is not YAML"),
     (["train", "run.yaml", "seed=5000000000"], "seed must be at most 4294967295, got 5000000000"),
     (["train", "run.yaml", "dataloader_num_workers=-1"], "dataloader_num_workers must be at least 0, got -1"),

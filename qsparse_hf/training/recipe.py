@@ -19,6 +19,7 @@ import yaml
 
 from ..conversion import DTYPES
 from ..errors import UserError, one_line, shortened
+from ..modeling.configuration_qsparse import QSPARSE_FIELDS
 from .arguments import QSparseArguments, QSparseTrainingArguments
 from .data import DataArguments
 
@@ -375,6 +376,8 @@ def parse(config: str, overrides: list[str]) -> Recipe:
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
+            if key in QSPARSE_FIELDS:
+                hint = f"; it is a field of the model: write model_fields='{{{key}: ...}}'"
             raise UserError(f"{where}: unknown key {shortened(key)!r}{hint}")
         try:
             converted |= _field(fields[key], types[key], written)
