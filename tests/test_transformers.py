@@ -170,23 +170,31 @@ import qsparse_hf
 """
 
 
-NEWER_FROZEN = """
+FROZEN_TWICE = """
 import sys
 sys.modules["qsparse_hf"] = None  # as if it were not installed
 from transformers import AutoModelForCausalLM
-sys.modules["transformers"].__version__ = "5.99.0"
 for folder in sys.argv[1:]:
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 """
 
 
-def test_a_newer_transformers_than_tested_is_said_once(tmp_path):
+def test_a_saved_folder_says_of_a_newer_transformers_what_to_do(tmp_path):
+    """Once, however many folders a process loads."""
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:
         make(sparse_config("llama")).save_pretrained(folder)
-    frozen = run_python(NEWER_FROZEN, *folders, HF_MODULES_CACHE=str(tmp_path / "modules")).stderr
-    said = re.findall(r"Q-Sparse models were tested.*", frozen)
-    assert said == re.findall(r"Q-Sparse models were tested.*", run_python(NEWER).stderr)
+        code = folder / "modeling_qsparse.py"
+        code.write_text(code.read_text().replace(f"NEWEST_TESTED = {NEWEST_TESTED}", "NEWEST_TESTED = (5, 0)"))
+    run = run_python(FROZEN_TWICE, *folders, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    said = re.findall(r"Q-Sparse models were tested.*", run.stderr)
+    assert len(said) == 1
+    assert "up to 5.0, and this is" in said[0]
+    assert "`transformers<5.1`" in said[0]
+
+
+def test_a_newer_transformers_than_tested_is_said_once():
+    said = re.findall(r"Q-Sparse models were tested.*", run_python(NEWER).stderr)
     assert len(said) == 1
     newest = ".".join(map(str, NEWEST_TESTED))
     assert f"up to {newest}, and this is 5.99.0" in said[0]
