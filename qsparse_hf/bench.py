@@ -30,10 +30,11 @@ from transformers import (
 )
 from transformers.cache_utils import StaticLayer
 
+from .configuration import check_config
 from .conversion import DTYPES
 from .decode.prepare import layer_groups
 from .decode.sparse_linear import sparse_linear
-from .errors import UserError, check_config, check_writable, user_errors
+from .errors import UserError, check_writable, user_errors
 from .measure import captured, interleaved, medians, print_table, write_json
 from .modeling.configuration_qsparse import GROUPS, QSparseConfigMixin
 from .modeling.modeling_qsparse import QSparsePreTrainedModel

@@ -37,7 +37,8 @@ from .checkpoint import (
     match_tensors,
     read_json,
 )
-from .errors import UserError, check_fields, one_line, shortened, user_errors
+from .configuration import check_fields
+from .errors import UserError, one_line, shortened, user_errors
 from .modeling.configuration_qsparse import QSPARSE_FIELDS, QSparseConfigMixin
 from .modeling.modeling_qsparse import declare_auto_model
 from .registration import FAMILIES

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from .configuration import check_config
 from .decode.prepare import as_restored
-from .errors import UserError, check_config, check_writable, user_errors
+from .errors import UserError, check_writable, user_errors
 from .modeling.configuration_qsparse import GROUPS, QSparseConfigMixin
 from .modeling.modeling_qsparse import QSparsePreTrainedModel
 from .registration import FAMILIES, projection_groups_of

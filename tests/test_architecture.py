@@ -17,6 +17,7 @@ ORDER = [
     {"kernels"},
     {"registration"},
     {"__init__"},
+    {"configuration"},
     {"checkpoint", "measure", "report", "training.arguments", "training.distillation", "training.throughput"}
     | {"training.sources", "training.sharding"},
     {"conversion", "training.data", "training.faults", "training.schedule", "training.training_report"},

@@ -9,7 +9,8 @@ from conftest import dense_config, make, run_python, run_qsparse
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qsparse_hf.errors import UserError, check_fields, check_writable, one_line
+from qsparse_hf.configuration import check_fields
+from qsparse_hf.errors import UserError, check_writable, one_line
 
 LONG = "x" * 300
 

@@ -26,7 +26,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
-from ..errors import Interrupted, UserError, check_config, check_writable, one_line, user_errors
+from ..configuration import check_config
+from ..errors import Interrupted, UserError, check_writable, one_line, user_errors
 from ..modeling.backend import choose
 from ..modeling.sparsify import IMPLS
 from .arguments import QSparseArguments
