@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from .errors import UserError, shortened, user_errors
 from .registration import FAMILIES
 
+# The numbers that a model is built with, and far more than any model has of them.
 _MOST = dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 10_000) | dict.fromkeys(
     ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "intermediate_size", "vocab_size"), 10**9
 )

@@ -7,7 +7,6 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 
 _LONGEST_MESSAGE = 600  # characters of a library's message; the longest that were met explain themselves within 500
-# The numbers that a model is built with, and far more than any model has of them.
 
 
 class UserError(ValueError):
