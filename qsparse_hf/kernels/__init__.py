@@ -53,6 +53,8 @@ class Deferred:
         return getattr(self._loaded, name)
 
 
+# Import statements, one a function: `torch.compile` traces these, and no call of `importlib`, where a model's first use
+# is compiled.
 def _sparsify_triton() -> object:
     from .sparsify_triton_ops import TritonSparsify
 
