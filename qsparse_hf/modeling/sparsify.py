@@ -58,10 +58,26 @@ class Survivors(NamedTuple):
     """`[..., K]`, int32: which feature each was; in an order that depends on the implementation alone."""
 
 
+class _Reinterpret(torch.autograd.Function):
+    """`x.view(dtype)` between dtypes of one width; under `torch.vmap` too, which has no rule for it in PyTorch 2.11."""
+
+    @staticmethod
+    def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.view(dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims: tuple, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+        return _Reinterpret.apply(x, dtype), in_dims[0]
+
+
 def magnitude(x: Tensor) -> Tensor:
     """`|x|` as integers with the same order; every NaN maps to one value above infinity. Same shape as `x`."""
     dtype, infinity = _BITS[x.dtype]
-    return (x.view(dtype) & torch.iinfo(dtype).max).clamp_max(infinity + 1)
+    return (_Reinterpret.apply(x, dtype) & torch.iinfo(dtype).max).clamp_max(infinity + 1)
 
 
 def _mask_by_sort(x: Tensor, kept: int) -> Tensor:
@@ -87,7 +103,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, mask: Tensor) -> Tensor:
         if x.device.type == "cpu" and not torch.compiler.is_compiling():  # `where` branches there: ten times slower
-            return (mask * x.view(_BITS[x.dtype][0])).view(x.dtype)  # contiguous, as the mask is
+            kept = mask * _Reinterpret.apply(x, _BITS[x.dtype][0])
+            return _Reinterpret.apply(kept, x.dtype)  # contiguous, as the mask is
         return torch.where(mask, x, 0)
 
     @staticmethod
