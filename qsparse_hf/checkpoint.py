@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,17 +71,25 @@ class StoredTensor:
         Raises:
             UserError: it cannot be read, or a finite value of it is infinite as `dtype`.
         """
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                tensor = file.get_tensor(self.name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.path}: {self.name} cannot be read: {one_line(error)}") from None
+        tensor = self.load()
         cast = tensor.to(dtype)
         if cast is not tensor and (infinite := cast.isinf()).any() and infinite.sum() != tensor.isinf().sum():
             wider = "float32" if dtype == torch.bfloat16 else "bfloat16"
             kind = str(dtype).removeprefix("torch.")
             raise UserError(f"{self.name} has values beyond {kind}'s range; use {wider}")
         return cast
+
+    def load(self) -> torch.Tensor:
+        """The tensor as it is stored.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return file.get_tensor(self.name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.path}: {self.name} cannot be read: {one_line(error)}") from None
 
 
 def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -135,7 +143,7 @@ def check_layers(layers: int, tensors: Iterable[str], folder: Path) -> None:
         raise UserError(f"{folder / CONFIG} asks for {layers} layers, but the weights hold {held}")
 
 
-def match_tensors(tensors: dict[str, StoredTensor], model: PreTrainedModel, folder: Path) -> dict[str, StoredTensor]:
+def match_tensors(tensors: Mapping[str, StoredTensor], model: PreTrainedModel, folder: Path) -> dict[str, StoredTensor]:
     """The stored tensor of each tensor of `model`'s state dict; of a tied pair, one suffices.
 
     A tied tensor that is stored alone, under whichever name, gets the name that Transformers ties the other to.

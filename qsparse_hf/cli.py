@@ -20,6 +20,7 @@ def convert(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         dry_run=arguments.dry_run,
         revision=arguments.revision,
+        gguf_file=arguments.gguf_file,
         sparsity=arguments.sparsity,
         sparsity_per_projection=dict(arguments.per_projection) or None,
         sparsity_block_size=arguments.block_size,
@@ -90,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Make a Q-Sparse checkpoint from a dense one: Llama, Mistral, Qwen2, Qwen3, Phi-3 or Gemma 3 (text).",
         "qsparse convert mistralai/Mistral-7B-v0.1 mistral-7b-qsparse --sparsity 0.5 --per-projection o=0.4 down=0.6",
     )
-    p.add_argument("source", help="folder or Hub id of the dense checkpoint")
+    p.add_argument("source", help="folder or Hub id of the dense checkpoint, or a GGUF file")
     p.add_argument("output", help="folder to write")
     p.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros, 0 <= S < 1 (default %(default)s)")
     p.add_argument(
@@ -106,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--rescale", default="none", help="none or l2 (default %(default)s; converted weights want none)")
     p.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as in the source)")
     p.add_argument("--max-shard-size", default="5GB", help="largest weight file (default %(default)s)")
+    p.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take of those in the source")
     p.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     p.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     p.add_argument("--dry-run", action="store_true", help="print what would be written and stop")

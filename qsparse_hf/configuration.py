@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import UserError, shortened, user_errors
+from .errors import UserError, check_source, shortened, user_errors
 from .registration import FAMILIES
 
 # The numbers that a model is built with, and far more than any model has of them.
@@ -28,6 +28,7 @@ def check_config(source: str | Path, fields: Mapping[str, object] | None = None,
     """
     from transformers import PreTrainedConfig  # its import is not for every command
 
+    check_source(source, named)
     with user_errors(named or source):
         if Path(source).is_dir() and not Path(source, "config.json").exists():
             if Path(source, "adapter_config.json").exists():

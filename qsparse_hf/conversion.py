@@ -11,16 +11,16 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import StateDictSplit, hf_hub_download, snapshot_download, split_torch_state_dict_into_shards
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -38,7 +38,8 @@ from .checkpoint import (
     read_json,
 )
 from .configuration import check_fields
-from .errors import UserError, one_line, shortened, user_errors
+from .errors import UserError, check_source, one_line, shortened, user_errors
+from .gguf_file import GGUFFile
 from .modeling.configuration_qsparse import QSPARSE_FIELDS, QSparseConfigMixin
 from .modeling.modeling_qsparse import declare_auto_model
 from .registration import FAMILIES
@@ -117,18 +118,25 @@ def convert_checkpoint(
     overwrite: bool = False,
     dry_run: bool = False,
     revision: str | None = None,
+    gguf_file: str | None = None,
     **fields,
 ) -> ConversionPlan:
     """Write the Q-Sparse twin of a dense checkpoint.
 
+    A GGUF file is dequantised by Transformers, all of it in memory: twice the size of what is written. It carries no
+    name of the family that llama.cpp does not tell from Llama, so that a Mistral becomes a Q-Sparse Llama, the same
+    model without a sliding window. Its tokenizer is what Transformers makes of it.
+
     Args:
-        source: a local folder, or the id of a Hub repository, with safetensors weights.
+        source: a local folder, or the id of a Hub repository, with safetensors weights; or a `.gguf` file.
         output: the folder to write; it appears whole or not at all.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`; None keeps each tensor's own.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`; None keeps each tensor's own, and takes bfloat16 for a
+            quantised GGUF file.
         max_shard_size: bytes, or a size like `"5GB"`; also the most memory that weights take here.
         overwrite: replace `output` if it exists.
         dry_run: look and plan, write nothing; of a Hub repository only the configuration is fetched.
         revision: branch, tag or commit of a Hub repository.
+        gguf_file: the GGUF file to convert of those in `source`.
         **fields: fields of the Q-Sparse configuration, `sparsity=0.6` for instance.
 
     Returns:
@@ -144,47 +152,77 @@ def convert_checkpoint(
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     limit = _shard_limit(max_shard_size)
     _check_target(output, Path(source), overwrite)
-
-    local = os.path.isdir(source)
-    folder = Path(source) if local else _download_config(source, revision)
-    dense, config = _configs(folder, fields)
-    if local or not dry_run:
-        folder = folder if local else _download(source, revision)
-        tensors = locate_tensors(folder)
-        check_layers(config.num_hidden_layers, tensors, folder)
+    if gguf_file is None:
+        check_source(source)
+    gguf = _gguf_file(source, gguf_file, revision, DTYPES.get(dtype or ""))
+    with TemporaryDirectory() as described:
+        if gguf is not None:
+            gguf.describe(folder := Path(described))
+        else:
+            folder = Path(source) if os.path.isdir(source) else _download_config(source, revision)
+        dense, config = _configs(folder, fields)
         model = _empty_model(config, source)
-        held = match_tensors(tensors, model, folder)
-        dtypes = {name: HEADER_DTYPES[tensor.dtype] for name, tensor in held.items()}
-        dense.name_or_path = source  # which decides on some tokenizers' class
-        tokenizer_config, code = _describe_tokenizer(folder, dense)
-    else:
-        model = _empty_model(config, source)
-        untied = [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
-        dtypes = dict.fromkeys(untied, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-    expected = model.state_dict()
-    written = {
-        name: torch.empty_like(expected[name], dtype=DTYPES[dtype] if dtype else held_dtype)
-        for name, held_dtype in dtypes.items()
-    }
-    config.architectures = [type(model).__name__]
-    config.dtype = _main_dtype(written.values())
-    declare_auto_model(model)
-    shards = split_torch_state_dict_into_shards(written, max_shard_size=limit)
-    total, activated = count_parameters(model)
-    plan = ConversionPlan(
-        output, config, shards, shards.metadata["total_size"], model.num_parameters(), total, activated
-    )
-    if dry_run:
-        return plan
+        expected = model.state_dict()
+        if dry_run and (gguf is not None or not os.path.isdir(source)):
+            untied = [name for name in expected if name not in model.all_tied_weights_keys]
+            dtypes = dict.fromkeys(untied, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+        else:
+            tokenizer_config: dict[str, Any] | None = None
+            code: list[Path] = []
+            if gguf is not None:
+                tensors: Mapping[str, StoredTensor] = gguf.dequantise()
+            else:
+                folder = folder if os.path.isdir(source) else _download(source, revision)
+                tensors = locate_tensors(folder)
+                dense.name_or_path = source  # which decides on some tokenizers' class
+                tokenizer_config, code = _describe_tokenizer(folder, dense)
+            check_layers(config.num_hidden_layers, tensors, folder)
+            held = match_tensors(tensors, model, folder)
+            dtypes = {name: HEADER_DTYPES[tensor.dtype] for name, tensor in held.items()}
+        written = {
+            name: torch.empty_like(expected[name], dtype=DTYPES[dtype] if dtype else held_dtype)
+            for name, held_dtype in dtypes.items()
+        }
+        config.architectures = [type(model).__name__]
+        config.dtype = _main_dtype(written.values())
+        declare_auto_model(model)
+        shards = split_torch_state_dict_into_shards(written, max_shard_size=limit)
+        total, activated = count_parameters(model)
+        plan = ConversionPlan(
+            output, config, shards, shards.metadata["total_size"], model.num_parameters(), total, activated
+        )
+        if dry_run:
+            return plan
 
-    with _staging(output, overwrite, plan.size) as staging:
-        _write_weights(staging, held, written, shards)
-        custom_object_save(model, staging, config=config)  # type: ignore[arg-type]  # no dict, as its docstring allows
-        _copy({*code, *(file for pattern in _COMPANIONS for file in folder.glob(pattern))}, folder, staging)
-        if tokenizer_config:
-            (staging / _TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")
-        config.save_pretrained(staging)  # last: a folder without it does not load
+        with _staging(output, overwrite, plan.size) as staging:
+            _write_weights(staging, held, written, shards)
+            custom_object_save(model, staging, config=config)  # type: ignore[arg-type]  # no dict, as it allows
+            _copy({*code, *(file for pattern in _COMPANIONS for file in folder.glob(pattern))}, folder, staging)
+            if tokenizer_config:
+                (staging / _TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+            config.save_pretrained(staging)  # last: a folder without it does not load
     return plan
+
+
+def _gguf_file(source: str, name: str | None, revision: str | None, dtype: torch.dtype | None) -> GGUFFile | None:
+    """The GGUF file that `source` is, or the one called `name` in it; None where `source` is a usual checkpoint."""
+    if name is None:
+        if source.endswith(".gguf") and os.path.isfile(source):
+            return GGUFFile(Path(source), dtype)
+        files = sorted(path.name for path in Path(source).glob("*.gguf")) if os.path.isdir(source) else []
+        if files and not os.path.exists(Path(source, CONFIG)):
+            raise UserError(f"{source} holds GGUF files; name one with gguf_file (--gguf-file): {', '.join(files)}")
+        return None
+    if os.path.isdir(source):
+        if not os.path.isfile(Path(source, name)):
+            files = sorted(path.name for path in Path(source).glob("*.gguf"))
+            raise UserError(f"{source} holds no {name!r}; its GGUF files are: {', '.join(files) or 'none'}")
+        return GGUFFile(Path(source, name), dtype)
+    if os.path.isfile(source):
+        raise UserError(f"{source} is a file; gguf_file (--gguf-file) names one in a folder or Hub repository")
+    check_source(source)
+    with _hub_errors(source):
+        return GGUFFile(Path(hf_hub_download(source, name, revision=revision)), dtype)
 
 
 def _shard_limit(size: int | str) -> int | str:
@@ -388,8 +426,6 @@ def _download(source: str, revision: str | None) -> Path:
 def _hub_errors(source: str) -> Iterator[None]:
     try:
         yield
-    except HFValidationError:
-        raise UserError(f"{source} is neither a folder nor the id of a Hub repository") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(line for line in str(error).splitlines()[:3] if line)
         raise UserError(f"{source} is not a folder, and the Hub did not give it: {reason}") from None

@@ -1,12 +1,17 @@
 """Mistakes of the user's and interruptions, in one line each, and whether a place can be written."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 
 _LONGEST_MESSAGE = 600  # characters of a library's message; the longest that were met explain themselves within 500
+_FILE_SUFFIXES = (".gguf", ".safetensors", ".bin", ".pt", ".json", ".jsonl", ".yaml", ".yml", ".txt")
 
 
 class UserError(ValueError):
@@ -52,6 +57,37 @@ def user_errors(source: object) -> Iterator[None]:
         raise UserError(f"{name}: {said}") from error
     except Exception as error:  # a field that Transformers looks up or divides by unchecked
         raise UserError(f"{name}: {type(error).__name__}: {one_line(error)}") from error
+
+
+def check_source(source: object, named: str | None = None) -> None:
+    """Refuse a name that nothing here has and no repository of the Hub can have, before the Hub is asked for it.
+
+    Args:
+        source: a file, a folder or the id of a Hub repository, as the user gave it.
+        named: what the message calls it, if not `source`.
+
+    Raises:
+        UserError: there is no such file or folder, and the name is not the id of a repository; or it is, but the Hub
+            cannot be asked (`HF_HUB_OFFLINE`) and nothing of the repository was downloaded before.
+    """
+    name = str(source)
+    try:
+        os.stat(name)
+        return
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long, a NUL, a loop of links
+        raise UserError(f"{shortened(named or name, 200)}: {one_line(error)}") from None
+    refused = f"{shortened(named or name, 200)}: is no file or folder here, and "
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise UserError(refused + "no repository of the Hub can have that name") from None
+    if Path(name).suffix in _FILE_SUFFIXES:
+        raise UserError(refused + f"no repository of the Hub has a name that ends with {Path(name).suffix}")
+    cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    if constants.HF_HUB_OFFLINE and not cached.exists():
+        raise UserError(refused + "the Hub did not give it: HF_HUB_OFFLINE is set, and nothing of it was downloaded")
 
 
 def check_writable(file: str | Path) -> None:

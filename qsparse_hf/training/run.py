@@ -27,7 +27,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
 from ..configuration import check_config
-from ..errors import Interrupted, UserError, check_writable, one_line, user_errors
+from ..errors import Interrupted, UserError, check_source, check_writable, one_line, user_errors
 from ..modeling.backend import choose
 from ..modeling.sparsify import IMPLS
 from .arguments import QSparseArguments
@@ -116,6 +116,8 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
         arguments.dataloader_pin_memory = False  # it only warns there
 
     check_config(recipe.run.source, recipe.run.model_fields)
+    if arguments.distill_from is not None:
+        check_source(arguments.distill_from, f"distill_from: {arguments.distill_from}")
     tokenizer_source = recipe.run.tokenizer or recipe.run.model
     with user_errors(tokenizer_source):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
