@@ -1,6 +1,6 @@
 """What a dense checkpoint on disk holds: its configuration as written, and where each tensor lies.
 
-Only JSON and the headers of safetensors files are read here; nothing is unpickled and nothing is run.
+Only JSON, tokenizers and the headers of safetensors files are read here; nothing is unpickled and nothing is run.
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from .errors import UserError, one_line
+from .errors import UserError, one_line, user_errors
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,9 @@ INDEX = "model.safetensors.index.json"
 
 HEADER_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes that are converted, by their names in a safetensors header."""
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+"""Patterns of the files that a tokenizer is saved in."""
 
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.")
 # Old Llama checkpoints carry these; Transformers computes them from the configuration, and ignores them too.
@@ -47,6 +50,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a folder or Hub repository.
+
+    Raises:
+        UserError: it has none, or the one that it has does not load.
+    """
+    if os.path.isdir(source) and not any(any(Path(source).glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise UserError(
+            f"{source} holds no tokenizer, as an unfinished run's folder may; put its base model's there: "
+            f"AutoTokenizer.from_pretrained(BASE).save_pretrained({str(source)!r})"
+        )
+    with user_errors(source):
+        return AutoTokenizer.from_pretrained(source)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from .checkpoint import (
     CONFIG,
     HEADER_DTYPES,
     INDEX,
+    TOKENIZER_FILES,
     StoredTensor,
     check_layers,
     locate_tensors,
@@ -50,9 +51,8 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What goes along unchanged: how to make tokens, how to generate, under which licence.
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 _COMPANIONS = (
-    *_TOKENIZER_FILES,
+    *TOKENIZER_FILES,
     "chat_template*",
     "additional_chat_templates/*.jinja",
     "generation_config.json",
@@ -291,7 +291,7 @@ def _describe_tokenizer(folder: Path, dense: PreTrainedConfig) -> tuple[dict[str
     types and takes the class in the file, which therefore becomes the one that it picks for the dense model.
     """
     path = folder / _TOKENIZER_CONFIG
-    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return None, []
     described = read_json(path) if os.path.lexists(path) else {}
     references = _tokenizer_classes(described.get("auto_map"), path)

@@ -1,26 +1,35 @@
-"""Measured sparsity and activated parameters, per projection group and layer."""
+"""Measured sparsity, activated parameters and the use of features, per projection group and layer."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .checkpoint import load_tokenizer
 from .configuration import check_config
 from .decode.prepare import as_restored
 from .errors import UserError, check_writable, user_errors
-from .modeling.configuration_qsparse import GROUPS, QSparseConfigMixin
+from .modeling.configuration_qsparse import GROUPS, ProjectionGroup, QSparseConfigMixin
 from .modeling.modeling_qsparse import QSparsePreTrainedModel
+from .modeling.sparsify import Sparsify
 from .registration import FAMILIES, projection_groups_of
 
 _HEADINGS = {"qkv": "QKV", "o": "Out", "gate_up": "Gate/Up", "down": "Down"}
+_EXPLAINED = (
+    "dropped: of a token's squared magnitude before the selection, what the dropped features held",
+    "never, always: features that no token, and that every token kept",
+    "half: the fewest features that half of all survivors are of (50% if all survive alike)",
+    "peak: a token's largest magnitude before the selection over its root mean square",
+)
 
 
 def projections(model: nn.Module) -> Iterator[tuple[int, str, nn.Linear]]:
@@ -28,13 +37,19 @@ def projections(model: nn.Module) -> Iterator[tuple[int, str, nn.Linear]]:
 
     None of a family that is not in `registration.FAMILIES`.
     """
+    for number, name, layer, group in _groups(model):
+        for path in group.linears:
+            yield number, name, layer.get_submodule(path)
+
+
+def _groups(model: nn.Module) -> Iterator[tuple[int, str, Any, ProjectionGroup]]:
+    """The projection groups of a model as (layer's number, name, layer, group)."""
     with_layers = (each for each in model.modules() if isinstance(getattr(each, "layers", None), nn.ModuleList))
     decoder: Any = next(with_layers, None)
     groups = {} if decoder is None else projection_groups_of(decoder.config)
     for number, layer in enumerate(decoder.layers if groups else ()):
         for name, group in groups.items():
-            for path in group.linears:
-                yield number, name, layer.get_submodule(path)
+            yield number, name, layer, group
 
 
 def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -52,6 +67,27 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class FeatureUse:
+    """Which features of a projection group's input survive, and what the others held.
+
+    Attributes:
+        dropped: of a token's squared magnitude before the selection, the share that the dropped features held; mean
+            over tokens.
+        never: fraction of the features that no token kept.
+        always: fraction of the features that every token kept.
+        half: the smallest fraction of the features that half of all survivors are of; 0.5 where all features survive
+            alike, and less the fewer they concentrate on.
+        peak: a token's largest magnitude before the selection over its root mean square; mean over tokens.
+    """
+
+    dropped: float
+    never: float
+    always: float
+    half: float
+    peak: float
+
+
+@dataclass(frozen=True)
 class SparsityReport:
     """What one or more forward passes read.
 
@@ -59,11 +95,15 @@ class SparsityReport:
         tokens: how many tokens were measured, padding left out.
         sparsity: per layer, the fraction of zeros in the input of each projection group.
         parameters: per layer, the weights of each projection group.
+        features: per layer, how each projection group's input features are used; empty where that was not measured.
+        loss: mean over the predicted tokens in nats; None where that was not measured, or the model gives no logits.
     """
 
     tokens: int
     sparsity: list[dict[str, float]]
     parameters: list[dict[str, int]]
+    features: list[dict[str, FeatureUse]] = field(default_factory=list)
+    loss: float | None = None
 
     @property
     def projection_parameters(self) -> int:
@@ -88,6 +128,11 @@ class SparsityReport:
         """Weights of one projection group that a token reads on average, over all layers."""
         return sum(_activated(*layer)[group] for layer in zip(self.parameters, self.sparsity, strict=True))
 
+    def use_of_group(self, group: str) -> FeatureUse:
+        """How the features of one projection group are used, mean over all layers."""
+        uses = [layer[group] for layer in self.features]
+        return FeatureUse(*(sum(getattr(use, each.name) for use in uses) / len(uses) for each in fields(FeatureUse)))
+
     def _mean(self, groups: Iterable[str]) -> float:
         pairs = [
             (weights[group], sparsity[group])
@@ -105,29 +150,65 @@ class SparsityReport:
         """Everything, as JSON takes it."""
         return {
             "tokens": self.tokens,
+            "loss": self.loss,
             "projection_parameters": self.projection_parameters,
             "activated_parameters": self.activated_parameters,
             "sparsity": {group: self.of_group(group) for group in GROUPS} | {"all": self.overall},
+            "features": {group: asdict(self.use_of_group(group)) for group in GROUPS if self.features},
             "layers": [
                 {
                     "sparsity": sparsity,
                     "parameters": parameters,
                     "activated_parameters": _activated(parameters, sparsity),
+                    "features": {group: asdict(use) for group, use in features.items()},
                 }
-                for sparsity, parameters in zip(self.sparsity, self.parameters, strict=True)
+                for sparsity, parameters, features in zip(
+                    self.sparsity, self.parameters, self.features or [{}] * len(self.sparsity), strict=True
+                )
             ],
         }
 
     def __str__(self) -> str:
-        """A table like the paper's table 2, with a row per layer: percent of zeros in each projection's input."""
-        head = f"{'layer':>5}  {'activated':>10}  " + "  ".join(f"{h:>7}" for h in (*_HEADINGS.values(), "All"))
+        """A row per projection group, like the paper's table 2, and a row per layer for what differs between layers."""
+        told = f"{self.tokens:,} tokens"
+        if self.loss is not None:
+            told += f", loss {self.loss:.3f} nats a token (perplexity {math.exp(min(self.loss, 99)):.4g})"
+        names = ["dropped", "never", "always", "half", "peak"] if self.features else []
+        head = f"{'':<7}" + "".join(f"{name:>11}" for name in ("weights", "activated", "zeros", *names))
         rows = []
-        for index, (sparsity, parameters) in enumerate(zip(self.sparsity, self.parameters, strict=True)):
-            layer = SparsityReport(self.tokens, [sparsity], [parameters])
-            rows.append(_row(str(index), layer))
-        counts = [self.activated_of_group(group) for group in GROUPS] + [self.activated_parameters]
-        activated = f"{'activated':<17}  " + "  ".join(f"{_short(count):>7}" for count in counts)
-        return "\n".join((head, *rows, "-" * len(head), _row("all", self), activated))
+        for group in GROUPS:
+            weights = sum(layer[group] for layer in self.parameters)
+            row = _row(_HEADINGS[group], weights, self.activated_of_group(group), self.of_group(group))
+            if self.features:
+                *shares, peak = asdict(self.use_of_group(group)).values()
+                row += "".join(f"{100 * share:>10.1f}%" for share in shares) + f"{peak:>11.1f}"
+            rows.append(row)
+        every = _row("all", self.projection_parameters, self.activated_parameters, self.overall)
+        lines = [told, "", head, *rows, "-" * len(head), every]
+        if self.features:
+            lines += ["", *_EXPLAINED]
+        return "\n".join([*lines, *self._layers()])
+
+    def _layers(self) -> Iterator[str]:
+        """The rows of the layers, of as many quantities as `_maps` has."""
+        maps = self._maps()
+        if maps:
+            yield ""
+            yield f"{'':<7}" + "".join(f"{name:^32}" for name, _, _ in maps)
+            yield f"{'layer':<7}" + "".join(f"{_HEADINGS[group]:>8}" for group in GROUPS) * len(maps)
+        for number in range(len(self.sparsity) if maps else 0):
+            yield f"{number:<7}" + "".join(f"{value:>8.1f}" for _, _, values in maps for value in values[number])
+
+    def _maps(self) -> list[tuple[str, str, list[list[float]]]]:
+        """What differs between layers, each as name, unit and values `[layers, groups]`."""
+        maps = []
+        if any(layer != self.sparsity[0] for layer in self.sparsity) or not self.features:
+            maps.append(("zeros", "%", [[100 * layer[group] for group in GROUPS] for layer in self.sparsity]))
+        if self.features:
+            dropped = [[100 * layer[group].dropped for group in GROUPS] for layer in self.features]
+            maps += [("dropped", "%", dropped)] if any(map(any, dropped)) else []
+            maps.append(("peak", "times", [[layer[group].peak for group in GROUPS] for layer in self.features]))
+        return maps
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Write `to_dict()` to `path`."""
@@ -137,18 +218,20 @@ class SparsityReport:
         """Draw a heat map, layers by groups, as a PNG."""
         from matplotlib.figure import Figure
 
-        percent = [[100 * layer[group] for group in GROUPS] for layer in self.sparsity]
-        figure = Figure(figsize=(5, 1.5 + 0.25 * len(percent)), layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow(percent, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-        axes.set_xticks(range(len(GROUPS)), [_HEADINGS[group] for group in GROUPS])
-        axes.set_yticks(range(len(percent)))
-        axes.set_ylabel("layer")
-        axes.set_title(f"Zeros in the input: {self.overall:.1%} over all")
-        for row, values in enumerate(percent):
-            for column, value in enumerate(values):
-                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="w" if value < 60 else "k")
-        figure.colorbar(image, label="percent")
+        maps = self._maps()
+        figure = Figure(figsize=(1 + 4.5 * len(maps), 1.5 + 0.25 * len(self.sparsity)), layout="constrained")
+        figure.suptitle(f"{self.overall:.1%} of the projections' inputs are zeros")
+        for axes, (name, unit, values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
+            image = axes.imshow(values, cmap="viridis", aspect="auto", vmin=0)
+            axes.set_xticks(range(len(GROUPS)), [_HEADINGS[group] for group in GROUPS])
+            axes.set_yticks(range(len(values)))
+            axes.set_ylabel("layer")
+            axes.set_title({"zeros": "zeros", "dropped": "dropped squared magnitude", "peak": "largest over rms"}[name])
+            for number, row in enumerate(values):
+                for column, value in enumerate(row):
+                    dark = value < 0.6 * image.get_clim()[1]
+                    axes.text(column, number, f"{value:.1f}", ha="center", va="center", color="w" if dark else "k")
+            figure.colorbar(image, label=unit)
         figure.savefig(path, dpi=120)
 
 
@@ -156,9 +239,8 @@ def _activated(parameters: dict[str, int], sparsity: dict[str, float]) -> dict[s
     return {group: round(weights * (1 - sparsity[group])) for group, weights in parameters.items()}
 
 
-def _row(name: str, report: SparsityReport) -> str:
-    percents = [100 * report.of_group(group) for group in GROUPS] + [100 * report.overall]
-    return f"{name:>5}  {_short(report.activated_parameters):>10}  " + "  ".join(f"{p:7.1f}" for p in percents)
+def _row(name: str, weights: int, activated: int, sparsity: float) -> str:
+    return f"{name:<7}{_short(weights):>11}{_short(activated):>11}{100 * sparsity:>10.1f}%"
 
 
 def _short(count: int) -> str:
@@ -169,49 +251,76 @@ def _short(count: int) -> str:
 
 
 @torch.no_grad()
-def sparsity_report(model: nn.Module, batch: Tensor | Mapping | Iterable[Tensor | Mapping]) -> SparsityReport:
-    """Run `batch` through `model` and count the zeros that its projections read.
+def sparsity_report(
+    model: nn.Module, batch: Tensor | Mapping | Iterable[Tensor | Mapping], detailed: bool = True
+) -> SparsityReport:
+    """Run `batch` through `model` and look at what its projections read.
 
     Args:
         model: a Q-Sparse model or the dense one beside it; adapters and `torch.compile` do not matter.
         batch: token ids `[B, T]`, or the keyword arguments of `model.forward`, or several of either. Positions that an
             `attention_mask` `[B, T]` leaves out are not counted.
+        detailed: also measure the use of features, for which every selection is computed a second time without its
+            sparsity, and the loss of each token after the first of its row.
 
     Raises:
         ValueError: the model has no projections of these names, or the batch no tokens.
     """
     model = getattr(model, "_orig_mod", model)  # compiled code would not run the hooks
-    counters: dict[tuple[int, str], _ZeroCounter] = {}
+    counters: dict[tuple[int, str], _Counter] = {}
     parameters: dict[int, dict[str, int]] = {}
     was_training = model.training
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, QSparsePreTrainedModel) and module.is_prepared:
                 stack.enter_context(as_restored(module))  # decode products would not run the hooks
-        for layer, group, linear in projections(model):
-            weights = parameters.setdefault(layer, dict.fromkeys(GROUPS, 0))
-            weights[group] += linear.in_features * linear.out_features
-            if (layer, group) not in counters:  # the projections of a group read the same input
-                counters[layer, group] = counter = _ZeroCounter()
-                stack.callback(linear.register_forward_pre_hook(counter).remove)
+        for number, name, layer, group in _groups(model):
+            linears: list[nn.Linear] = [layer.get_submodule(path) for path in group.linears]
+            weights = parameters.setdefault(number, dict.fromkeys(GROUPS, 0))
+            weights[name] = sum(linear.in_features * linear.out_features for linear in linears)
+            counters[number, name] = counter = _Counter(detailed)
+            stack.callback(linears[0].register_forward_pre_hook(counter).remove)  # they read the same input
+            selector = dict(layer.named_modules()).get(group.selector)
+            if detailed and isinstance(selector, Sparsify):  # a dense model has none
+                stack.callback(selector.register_forward_pre_hook(counter.before_selection).remove)
         if not counters:
             known = ", ".join(FAMILIES)
             raise ValueError(f"{type(model).__name__} is of none of the families {known}, whose projections are known")
         stack.callback(model.train, was_training)
         model.eval()
+        losses = predicted = 0.0
         for inputs in [batch] if isinstance(batch, Tensor | Mapping) else batch:
             inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
             inputs.pop("labels", None)
             mask = inputs.get("attention_mask")
             for counter in counters.values():
                 counter.mask = mask.bool() if mask is not None else None
-            model(**inputs, use_cache=False)
+            output = model(**inputs, use_cache=False)
+            if detailed:
+                each = _losses(inputs, getattr(output, "logits", None))
+                losses, predicted = losses + each.sum().item(), predicted + each.numel()
 
     tokens = next(iter(counters.values())).tokens
     if tokens == 0:
         raise ValueError("the batch holds no tokens")
     sparsity = [{group: counters[layer, group].fraction() for group in parameters[layer]} for layer in parameters]
-    return SparsityReport(tokens, sparsity, list(parameters.values()))
+    features = [{group: counters[layer, group].use() for group in parameters[layer]} for layer in parameters]
+    return SparsityReport(
+        tokens,
+        sparsity,
+        list(parameters.values()),
+        features if detailed else [],
+        losses / predicted if predicted else None,
+    )
+
+
+def _losses(inputs: Mapping, logits: Tensor | None) -> Tensor:
+    """`[n]` negative log-probabilities in fp32 of the tokens behind the first of each row; none without logits."""
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if logits is None or ids is None or logits.shape[:-1] != ids.shape:  # prompt tuning, for one, adds positions
+        return torch.empty(0)
+    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+    return losses.flatten() if mask is None else losses[(mask[:, 1:] * mask[:, :-1]).bool()]
 
 
 def report_checkpoint(
@@ -234,8 +343,8 @@ def report_checkpoint(
     with user_errors(", ".join(map(str, text_files))):
         text = "\n".join(Path(file).read_text(encoding="utf-8", errors="replace") for file in text_files)
     check_config(model)
+    tokenizer = load_tokenizer(model)
     with user_errors(model):
-        tokenizer = AutoTokenizer.from_pretrained(model)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens])
     if len(ids) == 0:
@@ -251,22 +360,54 @@ def report_checkpoint(
     return report
 
 
-class _ZeroCounter:
-    """A forward pre-hook that counts zeros where `mask` is true."""
+class _Counter:
+    """A forward pre-hook of a linear: what survives in its input where `mask` is true, and how that compares with what
+    was there before the selection, if `before_selection` is a forward pre-hook of the module that selects.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, detailed: bool) -> None:
         self.mask: Tensor | None = None
-        self.zeros: Tensor | int = 0  # a tensor stays on its device until `fraction`
-        self.entries = self.tokens = 0
+        self.detailed = detailed
+        self.kept: Tensor | Any = 0  # [D], how often each feature was; a tensor stays on its device until it is read
+        self.dropped: Tensor | Any = 0
+        self.peaks: Tensor | Any = 0
+        self.tokens = 0
+        self._before: Tensor | None = None
+
+    def before_selection(self, module: Sparsify, args: tuple) -> None:
+        at_work = module.selection
+        module.selection = replace(at_work, sparsity=0.0, rescale="none")
+        try:
+            self._before = type(module).forward(module, *args)  # type: ignore[assignment]  # no survivors at 0
+        finally:
+            module.selection = at_work
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> None:
-        x = args[0].detach()
+        kept = self._rows(args[0]) != 0
+        self.kept = self.kept + kept.sum(0)
+        self.tokens += kept.shape[0]
+        if self.detailed:
+            squares = self._rows(args[0] if self._before is None else self._before).float().square()
+            mass = squares.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+            self.dropped = self.dropped + (1 - (squares * kept).sum(-1) / mass).sum()
+            self.peaks = self.peaks + (squares.amax(-1) / mass * squares.shape[-1]).sqrt().sum()
+
+    def _rows(self, x: Tensor) -> Tensor:
+        x = x.detach()
         if self.mask is not None and self.mask.shape == x.shape[:-1]:  # prompt tuning, for one, adds positions
             x = x[self.mask.to(x.device)]
-        x = x.reshape(-1, x.shape[-1])
-        self.zeros += (x == 0).sum()
-        self.entries += x.numel()
-        self.tokens += x.shape[0]
+        return x.reshape(-1, x.shape[-1])
 
     def fraction(self) -> float:
-        return int(self.zeros) / self.entries
+        return 1 - self.kept.sum().item() / (self.tokens * len(self.kept))
+
+    def use(self) -> FeatureUse:
+        features = len(self.kept)
+        running = self.kept.sort(descending=True).values.cumsum(0)
+        return FeatureUse(
+            dropped=max(0.0, float(self.dropped) / self.tokens),
+            never=(self.kept == 0).sum().item() / features,
+            always=(self.kept == self.tokens).sum().item() / features,
+            half=((2 * running < running[-1]).sum().item() + 1) / features,
+            peak=float(self.peaks) / self.tokens,
+        )

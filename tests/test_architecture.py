@@ -17,8 +17,8 @@ ORDER = [
     {"kernels"},
     {"registration"},
     {"__init__"},
-    {"configuration"},
-    {"checkpoint", "measure", "report", "training.arguments", "training.distillation", "training.throughput"}
+    {"configuration", "checkpoint"},
+    {"measure", "report", "training.arguments", "training.distillation", "training.throughput"}
     | {"training.sources", "training.sharding"},
     {"gguf_file", "training.data", "training.faults", "training.schedule", "training.training_report"},
     {"conversion"},

@@ -72,7 +72,7 @@ MISTAKES = [
     (["report", "nowhere", "--text", "file.txt"], "nowhere: is no file or folder here"),
     (["report", "empty", "--text", "file.txt"], "empty holds no config.json"),
     (["report", "unfinished", "--text", "file.txt"], "it is an unfinished run's, name one of the checkpoints in it"),
-    (["report", "dense", "--text", "file.txt"], "You need to have sentencepiece or tiktoken installed"),
+    (["report", "dense", "--text", "file.txt"], "dense holds no tokenizer, as an unfinished run's folder may"),
     (["report", "deep", "--text", "file.txt"], "num_hidden_layers must be an integer from 1 to 10,000, got 1000000000"),
     (["report", "dense", "--text", "nowhere.txt", "--output", "out"], "nowhere.txt: No such file or directory"),
     (["report", "dense", "--text", "file.txt", "--output", "file.txt"], "cannot be written: file.txt is no folder"),

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from qsparse_hf.cli import main
 from qsparse_hf.modeling.configuration_qsparse import GROUPS
-from qsparse_hf.report import count_parameters, sparsity_report
+from qsparse_hf.modeling.sparsify import Sparsify
+from qsparse_hf.modeling.sparsity import Selection
+from qsparse_hf.report import _Counter, count_parameters, sparsity_report
 
 # Per layer of the tiny model with heads of 16: q 64x64, k and v 32x64, o 64x64, gate and up 96x64, down 64x96.
 HEADS = {"head_dim": 16}
@@ -32,11 +34,59 @@ def test_measured_sparsity_and_activated_parameters(family, tokens):
     assert report.overall == pytest.approx(zeros / 61440)
     assert report.activated_parameters == 61440 - zeros
     assert count_parameters(model) == (61440, 61440 - zeros)
-    lines = str(report).splitlines()
-    assert lines[-2].split() == ["all", "34.82K", "25.0", "50.0", "50.0", "50.0", f"{100 * zeros / 61440:.1f}"]
-    assert lines[-1].split() == ["activated", "12.29K", "4.10K", "12.29K", "6.14K", "34.82K"]
+    rows = {line.split()[0]: line.split()[1:] for line in str(report).splitlines() if line}
+    assert rows["all"] == ["61.44K", "34.82K", f"{100 * zeros / 61440:.1f}%"]
+    assert rows["Down"][:3] == ["12.29K", "6.14K", "50.0%"]
+    assert rows["1"][:4] == ["25.0", "50.0", "50.0", "75.0"]  # zeros, which differ between layers
     down = report.to_dict()["layers"][1]
     assert (down["sparsity"]["down"], down["activated_parameters"]["down"]) == (0.75, 1536)
+
+
+def test_use_of_features_and_loss_by_hand():
+    """One layer whose o_proj reads 4 features: what survives of three tokens is known, and so is what it held."""
+    counter = _Counter(detailed=True)
+    selector = Sparsify(Selection(0.5))
+    x = torch.tensor([[[3.0, 4.0, 0.0, 1.0], [5.0, -1.0, 0.5, 0.0], [2.0, 0.0, 1.0, 0.0]]])
+    counter.before_selection(selector, (x,))
+    counter(torch.nn.Linear(4, 1), (selector(x),))
+    use = counter.use()
+    # kept: features 0 and 1, 0 and 1, 0 and 2; dropped of 26: 1, of 26.25: 0.25, of 5: 0
+    assert counter.kept.tolist() == [3, 2, 1, 0]
+    assert use.dropped == pytest.approx((1 / 26 + 0.25 / 26.25) / 3, rel=1e-5)
+    assert (use.never, use.always, use.half) == (0.25, 0.25, 0.25)  # half of 6 survivors are of feature 0
+    peaks = [4 / (26 / 4) ** 0.5, 5 / (26.25 / 4) ** 0.5, 2 / (5 / 4) ** 0.5]
+    assert use.peak == pytest.approx(sum(peaks) / 3, rel=1e-5)
+    assert selector.selection == Selection(0.5)
+
+
+def test_use_and_loss_of_a_model(family, tokens):
+    model = make(sparse_config(family, sparsity_rescale="l2"))
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    report = sparsity_report(model, {"input_ids": tokens, "attention_mask": mask})
+    seen = {}
+    selector = model.model.layers[0].self_attn.o_sparsify
+    handle = selector.register_forward_hook(lambda module, args, output: seen.update(before=args[0], after=output))
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask).logits
+    handle.remove()
+    before, after = (seen[name][mask.bool()] for name in ("before", "after"))
+    share = (before.square() * (after == 0)).sum(-1) / before.square().sum(-1)
+    assert report.features[0]["o"].dropped == pytest.approx(share.mean().item(), rel=1e-4)
+    labels = tokens.masked_fill(mask == 0, -100)
+    labels[0, 5] = -100  # the first of its row
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert report.loss == pytest.approx(expected.item(), rel=1e-5)
+    brief = sparsity_report(model, tokens, detailed=False)
+    assert (brief.features, brief.loss) == ([], None)
+    assert "zeros" in str(brief)
+
+
+def test_a_dense_model_drops_nothing(tokens):
+    report = sparsity_report(make(dense_config("llama")), tokens)
+    assert report.use_of_group("qkv").dropped == 0
+    assert report.use_of_group("qkv").always == 1
+    assert report.use_of_group("qkv").half == 0.5
 
 
 def test_counts_follow_blocks(family):
@@ -89,8 +139,11 @@ def test_report_command(tiny_checkpoint, tmp_path):
     done = run_qsparse("report", tiny_checkpoint, "--text", text, "--output", tmp_path / "out", "--tokens", 100)
     assert done.returncode == 0, done.stderr
     assert "Gate/Up" in done.stdout
+    assert "100 tokens, loss " in done.stdout
     written = json.loads((tmp_path / "out" / "sparsity.json").read_text())
     assert written["tokens"] == 100
+    assert written["layers"][1]["features"]["down"]["dropped"] > 0
+    assert 3 < written["loss"] < 30
     assert written["sparsity"] == {**dict.fromkeys(GROUPS, 0.5), "all": 0.5}
     assert (tmp_path / "out" / "sparsity.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -99,6 +152,8 @@ def test_report_command_names_mistakes(tiny_checkpoint, tmp_path, capsys):
     text, broken, other = tmp_path / "text.txt", tmp_path / "broken", tmp_path / "gpt2"
     text.write_text("words " * 9)
     shutil.copytree(tiny_checkpoint, broken)
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_checkpoint, bare, ignore=shutil.ignore_patterns("token*"))
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-9])
     shutil.copytree(tiny_checkpoint, other)
     AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=128)).save_pretrained(other)
@@ -108,6 +163,10 @@ def test_report_command_names_mistakes(tiny_checkpoint, tmp_path, capsys):
         ((tiny_checkpoint, "--text", text, "--tokens", "0"), "tokens must be at least 1, got 0"),
         ((tiny_checkpoint, "--text", text, "--output", text), "text.txt"),
         ((broken, "--text", text), "broken"),
+        (
+            (bare, "--text", text),
+            "bare holds no tokenizer, as an unfinished run's folder may; put its base model's there",
+        ),
         ((other, "--text", text), "GPT2LMHeadModel is of none of the families"),
     ):
         assert main(["report", *map(str, arguments)]) == 1

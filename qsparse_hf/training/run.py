@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -26,6 +25,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 
+from ..checkpoint import load_tokenizer
 from ..configuration import check_config
 from ..errors import Interrupted, UserError, check_source, check_writable, one_line, user_errors
 from ..modeling.backend import choose
@@ -118,9 +118,7 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
     check_config(recipe.run.source, recipe.run.model_fields)
     if arguments.distill_from is not None:
         check_source(arguments.distill_from, f"distill_from: {arguments.distill_from}")
-    tokenizer_source = recipe.run.tokenizer or recipe.run.model
-    with user_errors(tokenizer_source):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_source)
+    tokenizer = load_tokenizer(recipe.run.tokenizer or recipe.run.source)
     finished = _finished(resume, arguments)
     model = load_model(recipe.run, resume if finished else None)
     longest = model.config.max_position_embeddings

@@ -292,7 +292,7 @@ class QSparseTrainerMixin(_Trainer):
         row = self._prepare_inputs(row)
         if "attention_mask" in row and not row["attention_mask"].any():  # a row of padding alone says nothing
             return {}
-        return sparsity_report(self.accelerator.unwrap_model(self.model), row).metrics()
+        return sparsity_report(self.accelerator.unwrap_model(self.model), row, detailed=False).metrics()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Transformers; under FSDP the folder always holds the whole model, whatever form the shards take."""
