@@ -45,6 +45,17 @@ def report(arguments: argparse.Namespace) -> None:
     print(report_checkpoint(arguments.model, arguments.text, arguments.output, arguments.tokens))
 
 
+def generate(arguments: argparse.Namespace) -> None:
+    from .generate import Chat
+
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("run", "prompt")}
+    chat = Chat(**settings)
+    if arguments.prompt is None:
+        chat.talk()
+    else:
+        chat.answer(arguments.prompt)
+
+
 def bench(arguments: argparse.Namespace) -> None:
     from .bench import bench_decode
 
@@ -135,6 +146,19 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files to run through the model")
     p.add_argument("--tokens", type=int, default=4096, help="at most this many tokens (default %(default)s)")
     p.add_argument("--output", metavar="DIR", help="also write sparsity.json and sparsity.png there")
+
+    p = verb(
+        generate,
+        "Answer a prompt at the terminal, or hold a conversation; without a chat template, continue the prompt.",
+        "qsparse generate my-checkpoint --prepared\n  qsparse generate my-checkpoint 'What is a sparse matrix?'",
+    )
+    p.add_argument("model", help="folder or Hub id of a checkpoint, Q-Sparse or dense, or a folder of adapters")
+    p.add_argument("prompt", nargs="?", help="(default: read from the terminal, one line after the other)")
+    p.add_argument("--prepared", action="store_true", help="prepare the model for decoding first")
+    p.add_argument("--system", metavar="TEXT", help="the system message of a chat")
+    p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default %(default)s)")
+    p.add_argument("--temperature", type=float, default=0.0, help="of sampling (default 0: the likeliest token)")
+    p.add_argument("--seed", type=int, help="of sampling")
 
     p = verb(
         bench,

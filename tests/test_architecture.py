@@ -22,7 +22,7 @@ ORDER = [
     | {"training.sources", "training.sharding"},
     {"gguf_file", "training.data", "training.faults", "training.schedule", "training.training_report"},
     {"conversion"},
-    {"bench", "training.chat", "training.streaming"},
+    {"bench", "generate", "training.chat", "training.streaming"},
     {"training.trainer"},
     {"training.__init__", "training.sft"},
     {"training.recipe"},

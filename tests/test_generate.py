@@ -1,0 +1,114 @@
+"""`qsparse generate`: what is printed is what the model says, and nothing a user does at the terminal breaks it."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import dense_config, make
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qsparse_hf.cli import main
+from qsparse_hf.errors import UserError
+from qsparse_hf.generate import Chat
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chat_checkpoint(tmp_path_factory, tiny_checkpoint):
+    folder = tmp_path_factory.mktemp("chat") / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def said_by(folder, prompt, tokens=8, model=None) -> str:
+    """The greedy answer, by plain Transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = model or AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    new = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :]
+    return tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("options", [[], ["--prepared"]], ids=["plain", "prepared"])
+def test_a_prompt_is_answered_by_the_chat_template(chat_checkpoint, capsys, options):
+    asked = ["generate", str(chat_checkpoint), "hello", "--max-new-tokens", "8", "--system", "brief", *options]
+    assert main(asked) == 0
+    printed = capsys.readouterr()
+    assert printed.out == said_by(chat_checkpoint, "s:brief;u:hello;a:") + "\n"
+    assert " tokens/s behind the first]" in printed.err.splitlines()[-1]
+
+
+def test_a_prompt_is_continued_without_one(tiny_checkpoint, tmp_path, tiny_tokenizer, capsys):
+    """By a dense model too."""
+    make(dense_config("qwen2")).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer.save_pretrained(tmp_path / "dense")
+    for folder in (tiny_checkpoint, tmp_path / "dense"):
+        assert main(["generate", str(folder), "hello", "--max-new-tokens", "8"]) == 0
+        assert capsys.readouterr().out == "hello" + said_by(folder, "hello") + "\n"
+    with pytest.raises(UserError, match="no chat template, and so no place for a system message"):
+        Chat(str(tiny_checkpoint), system="brief")
+    with pytest.raises(UserError, match="is a dense model; only Q-Sparse ones are prepared"):
+        Chat(str(tmp_path / "dense"), prepared=True)
+
+
+def test_sampling_follows_the_seed(tiny_checkpoint):
+    first, same, other = (
+        Chat(str(tiny_checkpoint), temperature=2.0, seed=seed, max_new_tokens=20).answer("hello") for seed in (1, 1, 2)
+    )
+    assert first == same != other
+
+
+def test_adapters_are_merged(tiny_checkpoint, tiny_tokenizer, tmp_path):
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_checkpoint), LoraConfig(r=4))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    adapted.save_pretrained(tmp_path / "adapters")
+    tiny_tokenizer.save_pretrained(tmp_path / "adapters")
+    expected = said_by(tiny_checkpoint, "hello", model=adapted.merge_and_unload())
+    assert expected != said_by(tiny_checkpoint, "hello")
+    assert Chat(str(tmp_path / "adapters"), max_new_tokens=8).answer("hello") == expected
+
+
+def test_a_conversation_goes_on_until_it_ends(chat_checkpoint, capsys, monkeypatch):
+    """An empty line asks nothing, Ctrl-C stops an answer and keeps what came of it, what is too long is refused."""
+    chat = Chat(str(chat_checkpoint), max_new_tokens=6)
+    generate = chat.model.generate
+
+    def stopped(*args, streamer, **kwargs):
+        put = streamer.put
+
+        def interrupted(value):
+            if len(streamer.ids) == 3:
+                raise KeyboardInterrupt
+            put(value)
+
+        streamer.put = interrupted
+        return generate(*args, streamer=streamer, **kwargs)
+
+    lines = iter(["hello", "", "again", "x" * 200])
+
+    def read(prompt):
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        monkeypatch.setattr(chat.model, "generate", stopped if line == "again" else generate)
+        return line
+
+    chat.talk(read)
+    first = said_by(chat_checkpoint, "u:hello;a:", 6)
+    second = said_by(chat_checkpoint, f"u:hello;a:{first};u:again;a:", 3)
+    printed = capsys.readouterr()
+    assert printed.out == f"{first}\n{second}\n"
+    assert "[3 tokens" in printed.err
+    assert "the conversation has 2" in printed.err
+    assert "and the model takes 128" in printed.err
+    assert [message["content"] for message in chat.messages] == ["hello", first, "again", second]
