@@ -8,7 +8,7 @@ graphs, which `generate` turns on by itself; on a CPU as it is.
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -41,8 +41,14 @@ from .modeling.modeling_qsparse import QSparsePreTrainedModel
 from .modeling.sparsify import Sparsify, Survivors, select
 from .modeling.sparsity import check_sparsity
 from .registration import FAMILIES
+from .report import count_parameters
 
 T = TypeVar("T")
+
+_PAST_CACHES = 400 << 20
+"""Bytes of weights of which no cache holds a part worth mentioning when they are read in turns."""
+SPARSITIES = (0.4, 0.5, 0.6, 0.75)
+"""What is measured where neither the user nor a model's configuration names a sparsity."""
 
 _LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32}
 _LLAMA_3_8B = _LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
@@ -79,8 +85,9 @@ class _Clock(LogitsProcessor):
         return scores
 
 
-def _configs(name: str) -> tuple[PreTrainedConfig, QSparseConfigMixin]:
-    """The dense config of a shape, folder, file or Hub id, and its Q-Sparse twin."""
+def _configs(name: str) -> tuple[PreTrainedConfig, QSparseConfigMixin, bool]:
+    """The dense config of a shape, folder, file or Hub id, its Q-Sparse twin, and whether that is what is there."""
+    is_sparse = False
     if name in SHAPES:
         model_type, fields = SHAPES[name]
         fields = fields | {"max_position_embeddings": 8192}
@@ -89,6 +96,7 @@ def _configs(name: str) -> tuple[PreTrainedConfig, QSparseConfigMixin]:
         check_config(name, named=source)
         with user_errors(source):
             fields = AutoConfig.from_pretrained(name).to_dict()
+        is_sparse = fields["model_type"].startswith("qsparse_")
         model_type = fields.pop("model_type").removeprefix("qsparse_")
         if model_type not in FAMILIES:
             raise UserError(f"{name}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
@@ -96,7 +104,7 @@ def _configs(name: str) -> tuple[PreTrainedConfig, QSparseConfigMixin]:
             fields.pop(key, None)
         fields["use_cache"] = True  # training turns it off, and that is saved
     dense = {key: value for key, value in fields.items() if not key.startswith("sparsity")}
-    return AutoConfig.for_model(model_type, **dense), FAMILIES[model_type].config(**fields)
+    return AutoConfig.for_model(model_type, **dense), FAMILIES[model_type].config(**fields), is_sparse
 
 
 def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> Any:
@@ -105,13 +113,19 @@ def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.d
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def _set_sparsity(model: QSparsePreTrainedModel, sparsity: float) -> None:
-    """Set the sparsity of every projection, and prepare the model for decoding."""
+def _set_sparsity(model: QSparsePreTrainedModel, sparsity: float | None) -> None:
+    """Set the sparsity of every projection, or leave it as it is (None), and prepare the model for decoding."""
     model.restore()
     for module in model.modules():
-        if isinstance(module, Sparsify):
+        if isinstance(module, Sparsify) and sparsity is not None:
             module.configure(replace(module.configured, sparsity=sparsity))
     model.prepare_for_decode()
+
+
+def _overall_sparsity(model: QSparsePreTrainedModel) -> float:
+    """Of all projections as the model's configuration sets them, weighted by their weights."""
+    total, activated = count_parameters(model)
+    return 1 - activated / total
 
 
 def _generate(model: Any, prompt: Tensor, new_tokens: int, cache: StaticCache | None) -> tuple[float, float]:
@@ -191,13 +205,13 @@ def _millijoules(step: Callable[[], None], seconds: float = 1.0) -> float | None
 def _decode_rows(
     dense: PreTrainedModel,
     sparse: QSparsePreTrainedModel,
-    sparsities: list[float],
+    sparsities: Sequence[float | None],
     sequences: int,
     prompt_length: int,
     new_tokens: int,
     rounds: int,
 ) -> Iterator[dict]:
-    """A row for every sparsity, dense and sparse measured in turns."""
+    """A row for every sparsity, dense and sparse measured in turns; None is the configuration's own."""
     device = dense.device
     on_gpu = device.type == "cuda"
     prompt = torch.randint(3, dense.config.vocab_size, (sequences, prompt_length), device=device)
@@ -207,7 +221,7 @@ def _decode_rows(
     )
     _generate(dense, prompt, 8, dense_cache)  # compiles
     dense_step = _step(dense, dense_cache, sequences) if dense_cache is not None else None
-    for sparsity in sparsities:
+    for sparsity in sparsities:  # None comes first: what is set stays
         _set_sparsity(sparse, sparsity)
         _generate(sparse, prompt, 8, sparse_cache)
         runs = {"dense": (dense, dense_cache), "sparse": (sparse, sparse_cache)}
@@ -217,7 +231,8 @@ def _decode_rows(
                 token, whole = _generate(model, prompt, new_tokens, cache)
                 times["generate"][name].append(token)
                 times["whole"][name].append(whole)
-        row = {"sparsity": sparsity, "sequences": sequences, "prompt": prompt_length, **times}
+        row: dict[str, Any] = {"sparsity": _overall_sparsity(sparse) if sparsity is None else sparsity}
+        row |= {"as_it_is": sparsity is None, "sequences": sequences, "prompt": prompt_length, **times}
         if dense_step is not None and sparse_cache is not None:
             steps = {"dense": dense_step, "sparse": _graph_step(sparse_cache)}
             row["step"] = interleaved(steps, 3 * rounds)
@@ -226,36 +241,48 @@ def _decode_rows(
 
 
 def _copy_bandwidth(device: torch.device) -> float:
-    """Bandwidth of a copy in bytes a second, reading and writing counted."""
-    on_gpu = device.type == "cuda"
-    source = torch.empty((128 if on_gpu else 32) << 20, dtype=torch.bfloat16, device=device)
+    """Bandwidth of a copy on a GPU in bytes a second, reading and writing counted."""
+    source = torch.empty(128 << 20, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
 
     def copy() -> None:
         target.copy_(source)
 
-    times = interleaved({"copy": captured(copy, 4) if on_gpu else copy}, 7, 4 if on_gpu else 1)
+    times = interleaved({"copy": captured(copy, 4)}, 7, 4)
     return 2 * source.nbytes / (medians(times)["copy"] * 1e-6)
 
 
 @torch.no_grad()
 def _product_rows(
-    config: PreTrainedConfig, device: torch.device, sparsities: list[float], dtype: torch.dtype, rounds: int
+    config: QSparseConfigMixin,
+    device: torch.device,
+    sparsities: Sequence[float | None],
+    dtype: torch.dtype,
+    rounds: int,
 ) -> Iterator[dict]:
-    """A row for each projection group of a layer: its dense products, its sparse product, the selection before it."""
+    """A row for each projection group of a layer: its dense products, its sparse product, the selection before it.
+
+    The sparsity None is the configuration's own, mean over its layers; a group that is dense there has no row. The
+    share of a copy's bandwidth is None where it would mislead: on a CPU, where a copy also reads what it overwrites,
+    and for weights that fit a GPU's caches.
+    """
     sparse = _random_model(config, torch.device("meta"), dtype)
     on_gpu = device.type == "cuda"
-    bandwidth = _copy_bandwidth(device)
+    bandwidth = _copy_bandwidth(device) if on_gpu else None
     groups = list(layer_groups(sparse))[: len(GROUPS)]
     for group, (_, selector, linears) in zip(GROUPS, groups, strict=True):
         features = next(iter(linears.values())).in_features
         sizes = [linear.out_features for linear in linears.values()]
         size = features * sum(sizes) * dtype.itemsize
-        copies = min(max(2, -(-(400 << 20) // size)), 64)  # past every cache
+        copies = min(max(2, -(-_PAST_CACHES // size)), 64)
         weights = [torch.randn(features, sum(sizes), device=device, dtype=dtype) for _ in range(copies)]
         usual = [part.t().contiguous() for weight in weights for part in weight.split(sizes, dim=1)]
         x = torch.randn(1, 1, features, device=device, dtype=dtype)
-        for sparsity in sparsities:
+        own = statistics.mean(config.selection(group, layer).sparsity for layer in range(config.num_hidden_layers))
+        for chosen in sparsities:
+            sparsity = own if chosen is None else chosen
+            if sparsity == 0:
+                continue
             selection = replace(selector.configured, sparsity=sparsity)
             survivors = partial(select, "topk", selection=selection, compact=True)
             kept = survivors((x,))
@@ -270,16 +297,21 @@ def _product_rows(
             times = interleaved(functions, rounds, copies)
             median = medians(times)
             reading = {"dense": size, "sparse": size * kept.values.shape[-1] / features}
-            shares = {name: count / (median[name] * 1e-6) / bandwidth for name, count in reading.items()}
+            past_caches = bandwidth is not None and copies * size >= _PAST_CACHES
+            shares = {
+                name: count / (median[name] * 1e-6) / bandwidth if past_caches and bandwidth else None
+                for name, count in reading.items()
+            }
             yield {
                 "group": group,
                 "shape": [features, sum(sizes)],
                 "sparsity": sparsity,
+                "as_it_is": chosen is None,
                 "microseconds": times,
                 "share_of_copy": shares,
                 "copy_bytes_per_second": bandwidth,
             }
-        del weights, usual, functions
+        del weights, usual
 
 
 def _each(function: Callable[[T], object], inputs: Iterable[T]) -> None:
@@ -299,7 +331,7 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def bench_decode(
     models: Iterable[str] = ("llama-2-7b",),
-    sparsities: Iterable[float] = (0.4, 0.5, 0.6, 0.75),
+    sparsities: Iterable[float] | None = None,
     batches: Iterable[int] = (1,),
     prompts: Iterable[int] = (32,),
     device: str | None = None,
@@ -313,7 +345,8 @@ def bench_decode(
 
     Args:
         models: names in `SHAPES`, or folders, files or Hub ids of configs or checkpoints, of which the config is used.
-        sparsities: fractions of zeros, the same for every projection.
+        sparsities: fractions of zeros, the same for every projection, besides those that a Q-Sparse configuration has,
+            which are measured as they are; None for no others, and for `SPARSITIES` with a dense configuration.
         batches: numbers of sequences decoded at once.
         prompts: numbers of tokens in the prompt.
         device: "cuda" or "cpu"; None for a GPU where there is one.
@@ -325,7 +358,7 @@ def bench_decode(
     Raises:
         UserError: a value outside these, or an output that cannot be written, before anything is measured.
     """
-    models, sparsities, batches, prompts = list(models), list(sparsities), list(batches), list(prompts)
+    models, sparsities, batches, prompts = list(models), [*(sparsities or ())], list(batches), list(prompts)
     for sparsity in sparsities:
         try:
             check_sparsity(sparsity)
@@ -344,6 +377,10 @@ def bench_decode(
         check_writable(output)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     configs = {name: _configs(name) for name in models}
+    chosen: dict[str, list[float | None]] = {
+        name: [None, *sparsities] if is_sparse else [*(sparsities or SPARSITIES)]
+        for name, (_, _, is_sparse) in configs.items()
+    }
     results: list[dict] = []
 
     def note(row: dict) -> None:
@@ -353,28 +390,31 @@ def bench_decode(
                 write_json(Path(output), results)
 
     def decoded() -> Iterator[list]:
-        total = len(models) * len(batches) * len(prompts) * len(sparsities)
+        total = len(batches) * len(prompts) * sum(map(len, chosen.values()))
         with tqdm(total=total, unit="row") as progress:
-            for name, (dense_config, sparse_config) in configs.items():
+            for name, (dense_config, sparse_config, _) in configs.items():
                 progress.set_description(name)
                 dense = _random_model(dense_config, place, DTYPES[dtype])
                 sparse = _random_model(sparse_config, place, DTYPES[dtype])
                 for sequences, prompt in product(batches, prompts):
-                    for row in _decode_rows(dense, sparse, sparsities, sequences, prompt, new_tokens, rounds):
+                    for row in _decode_rows(dense, sparse, chosen[name], sequences, prompt, new_tokens, rounds):
                         note({"model": name, "dtype": dtype, **row})
-                        yield [name, sequences, prompt, row["sparsity"], *_summary(row)]
+                        yield [name, sequences, prompt, _sparsity_of(row), *_summary(row)]
                         progress.update()
                 del dense, sparse
                 gc.collect()
 
     def multiplied() -> Iterator[list]:
-        for name, (_, sparse_config) in configs.items():
-            for row in _product_rows(sparse_config, place, sparsities, DTYPES[dtype], rounds):
+        for name, (_, sparse_config, _) in configs.items():
+            for row in _product_rows(sparse_config, place, chosen[name], DTYPES[dtype], rounds):
                 note({"model": name, "dtype": dtype, **row})
                 median, share = medians(row["microseconds"]), row["share_of_copy"]
-                dense, sparse = ([f"{median[kind]:.1f}", f"{share[kind]:.0%}"] for kind in ("dense", "sparse"))
+                dense, sparse = (
+                    [f"{median[kind]:.1f}", *([_percent(share[kind])] if place.type == "cuda" else [])]
+                    for kind in ("dense", "sparse")
+                )
                 ratios = [f"{median['dense'] / median['sparse']:.2f}", f"{median['selection']:.1f}"]
-                yield [name, row["group"], "{} x {}".format(*row["shape"]), row["sparsity"], *dense, *sparse, *ratios]
+                yield [name, row["group"], "{} x {}".format(*row["shape"]), _sparsity_of(row), *dense, *sparse, *ratios]
 
     with _threads(threads):
         print(f"ms a token of `generate`, behind the prompt; all of it, with the prompt and {new_tokens} tokens")
@@ -383,10 +423,24 @@ def bench_decode(
             print("the step alone, without the host's work; its energy, if the package nvidia-ml-py can read it")
             heading += ["step: dense", "sparse", "faster", "mJ: dense", "sparse"]
         print_table(heading, decoded())
-        print("\nproducts of one token, us, and the share of a copy's bandwidth at which they read what they need")
-        heading = ["model", "group", "in x out", "S", "dense", "share", "sparse", "share", "faster", "selection"]
+        print("\nproducts of one token, us", end="")
+        share = ["share"] if place.type == "cuda" else []
+        print(
+            "; share of a copy's bandwidth at which they read what they need, for weights past the caches"
+            if share
+            else ""
+        )
+        heading = ["model", "group", "in x out", "S", "dense", *share, "sparse", *share, "faster", "selection"]
         print_table(heading, multiplied())
     return results
+
+
+def _sparsity_of(row: dict) -> str:
+    return f"{row['sparsity']:.3g} as it is" if row["as_it_is"] else str(row["sparsity"])
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def _summary(row: dict) -> list[str]:

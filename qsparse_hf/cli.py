@@ -176,7 +176,11 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: llama-2-7b)",
     )
     p.add_argument(
-        "--sparsities", nargs="+", type=float, default=[0.4, 0.5, 0.6, 0.75], metavar="S", help="(default: 0.4 to 0.75)"
+        "--sparsities",
+        nargs="+",
+        type=float,
+        metavar="S",
+        help="(default: a Q-Sparse model as it is, any other at 0.4, 0.5, 0.6 and 0.75)",
     )
     p.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N", help="sequences at once (default: 1)")
     p.add_argument("--prompts", nargs="+", type=int, default=[32], metavar="N", help="their tokens (default: 32)")

@@ -33,7 +33,8 @@ def test_a_table_of_models_and_one_of_products(tmp_path):
     assert product["group"] == "down"
     assert product["shape"] == [96, 64]
     assert product["microseconds"].keys() == {"dense", "sparse", "selection"}
-    assert 0 < product["share_of_copy"]["sparse"] < 1
+    assert product["share_of_copy"] == {"dense": None, "sparse": None}  # it would mislead on a CPU
+    assert "share" not in run.stdout
 
 
 def test_a_sparse_config_is_taken_too(tmp_path, capsys, monkeypatch):
@@ -50,7 +51,20 @@ def test_a_sparse_config_is_taken_too(tmp_path, capsys, monkeypatch):
     assert bench_decode([str(tmp_path)], **settings)[0]["dtype"] == "float32"
     assert "| batch |" in capsys.readouterr().out
     assert _configs(str(tmp_path))[0].use_cache
-    assert set(selections) == {Selection(0.5, 16, "l2")}
+    assert set(selections) == {Selection(0.5, 16, "l2")}  # as it is, and as asked for
+
+
+def test_a_checkpoint_is_measured_as_it_is(tmp_path, capsys):
+    """With its own ratios and block size; the groups' parameters are 8192, 4096, 12288 and 6144 a layer."""
+    ratios = {"qkv": 0.0, "o": [0.25, 0.75], "down": 0.75}
+    sparse_config("llama", sparsity_per_projection=ratios, sparsity_block_size=16).save_pretrained(tmp_path)
+    rows = bench_decode([str(tmp_path)], device="cpu", dtype="float32", new_tokens=8, rounds=1)
+    decoded, *products = rows
+    expected = (4096 * 0.5 + 12288 * 0.5 + 6144 * 0.75) / (8192 + 4096 + 12288 + 6144)
+    assert decoded["sparsity"] == pytest.approx(expected)
+    assert decoded["as_it_is"]
+    assert [(row["group"], row["sparsity"]) for row in products] == [("o", 0.5), ("gate_up", 0.5), ("down", 0.75)]
+    assert f"| {expected:.3g} as it is |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

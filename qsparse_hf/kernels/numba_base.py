@@ -4,6 +4,7 @@ Numba has no bfloat16, so kernels get arrays of integers that hold the floats' b
 it is: `uint16` for bf16, `int16` for fp16, `uint32` for fp32.
 """
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,18 @@ from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
 _WORTH_A_THREAD = 1 << 16
 """Number of multiplications from which on more than one thread is used."""
+
+
+@cache
+def _announce_compiling() -> None:
+    logger.warning(
+        "compiling the kernels for this CPU, once for each dtype: some ten seconds, more where other processes take "
+        "its time; then they are in Numba's cache, if that can be written"
+    )
 
 
 class _CompileCache(FunctionCache):
@@ -29,7 +40,10 @@ class _CompileCache(FunctionCache):
     def load_overload(self, sig: tuple, target_context: object) -> object:
         found = super().load_overload(sig, target_context)
         # Two processes that compile for two dtypes at the same time may write files of the same name.
-        return found if found is None or found.signature.args == tuple(sig) else None
+        if found is None or found.signature.args != tuple(sig):
+            _announce_compiling()
+            return None
+        return found
 
     @contextmanager
     def _guard_against_spurious_io_errors(self) -> Iterator[None]:
@@ -42,8 +56,10 @@ def kernel(**options) -> Callable[[Callable], Callable]:
 
     def compiled(function: Callable) -> Callable:
         kernel = njit(nogil=True, error_model="numpy", **options)(function)
-        with suppress(RuntimeError):  # neither this folder nor the user's cache folder is writable
+        try:
             kernel._cache = _CompileCache(function)
+        except RuntimeError:  # neither this folder nor the user's cache folder is writable
+            _announce_compiling()
         return kernel
 
     return compiled
