@@ -147,7 +147,7 @@ class Chat:
         print(f"{kind}. Ctrl-C stops an answer, Ctrl-D ends.", file=sys.stderr)
         while True:
             try:
-                prompt = read("> ")
+                prompt = read("> " if sys.stdin.isatty() else "")
             except (EOFError, KeyboardInterrupt):
                 print(file=sys.stderr)
                 return
