@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,73 @@ def _short(count: int) -> str:
     return str(count)
 
 
-@torch.no_grad()
+class ZeroCounters:
+    """Counts the zeros that a model's projections read; `counting_zeros` makes one.
+
+    Attributes:
+        mask: positions of the next forward passes that are counted, `[B, T]` bool; None for all.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self._counters: dict[tuple[int, str], _ZeroCounter] = {}
+        self._parameters: dict[int, dict[str, int]] = {}
+
+    def report(self) -> SparsityReport:
+        """What was counted until now.
+
+        Raises:
+            ValueError: no tokens were.
+        """
+        tokens = next(iter(self._counters.values())).tokens
+        if tokens == 0:
+            raise ValueError("the batch holds no tokens")
+        parameters = self._parameters
+        sparsity = [
+            {group: self._counters[layer, group].fraction() for group in parameters[layer]} for layer in parameters
+        ]
+        return SparsityReport(tokens, sparsity, list(parameters.values()))
+
+
+@contextmanager
+def counting_zeros(model: nn.Module) -> Iterator[ZeroCounters]:
+    """While this is open, the zeros of every forward pass of `model` are counted; a prepared model is restored for it.
+
+    Args:
+        model: as `sparsity_report` takes it, but for compiled ones, whose code does not run the hooks: `_orig_mod`.
+
+    Raises:
+        ValueError: the model has no projections of these names.
+    """
+    counted = ZeroCounters()
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, QSparsePreTrainedModel) and module.is_prepared:
+                stack.enter_context(as_restored(module))  # decode products would not run the hooks
+        for layer, group, linear in projections(model):
+            weights = counted._parameters.setdefault(layer, dict.fromkeys(GROUPS, 0))
+            weights[group] += linear.in_features * linear.out_features
+            if (layer, group) not in counted._counters:  # the projections of a group read the same input
+                counted._counters[layer, group] = counter = _ZeroCounter(counted)
+                stack.callback(linear.register_forward_pre_hook(counter).remove)
+        if not counted._counters:
+            known = ", ".join(FAMILIES)
+            raise ValueError(f"{type(model).__name__} is of none of the families {known}, whose projections are known")
+        yield counted
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout; afterwards the model trains on if it did before."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
 def sparsity_report(model: nn.Module, batch: Tensor | Mapping | Iterable[Tensor | Mapping]) -> SparsityReport:
     """Run `batch` through `model` and count the zeros that its projections read.
 
@@ -181,37 +247,14 @@ def sparsity_report(model: nn.Module, batch: Tensor | Mapping | Iterable[Tensor 
         ValueError: the model has no projections of these names, or the batch no tokens.
     """
     model = getattr(model, "_orig_mod", model)  # compiled code would not run the hooks
-    counters: dict[tuple[int, str], _ZeroCounter] = {}
-    parameters: dict[int, dict[str, int]] = {}
-    was_training = model.training
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, QSparsePreTrainedModel) and module.is_prepared:
-                stack.enter_context(as_restored(module))  # decode products would not run the hooks
-        for layer, group, linear in projections(model):
-            weights = parameters.setdefault(layer, dict.fromkeys(GROUPS, 0))
-            weights[group] += linear.in_features * linear.out_features
-            if (layer, group) not in counters:  # the projections of a group read the same input
-                counters[layer, group] = counter = _ZeroCounter()
-                stack.callback(linear.register_forward_pre_hook(counter).remove)
-        if not counters:
-            known = ", ".join(FAMILIES)
-            raise ValueError(f"{type(model).__name__} is of none of the families {known}, whose projections are known")
-        stack.callback(model.train, was_training)
-        model.eval()
+    with counting_zeros(model) as counters, evaluating(model):
         for inputs in [batch] if isinstance(batch, Tensor | Mapping) else batch:
             inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
             inputs.pop("labels", None)
             mask = inputs.get("attention_mask")
-            for counter in counters.values():
-                counter.mask = mask.bool() if mask is not None else None
+            counters.mask = mask.bool() if mask is not None else None
             model(**inputs, use_cache=False)
-
-    tokens = next(iter(counters.values())).tokens
-    if tokens == 0:
-        raise ValueError("the batch holds no tokens")
-    sparsity = [{group: counters[layer, group].fraction() for group in parameters[layer]} for layer in parameters]
-    return SparsityReport(tokens, sparsity, list(parameters.values()))
+        return counters.report()
 
 
 def report_checkpoint(
@@ -252,17 +295,18 @@ def report_checkpoint(
 
 
 class _ZeroCounter:
-    """A forward pre-hook that counts zeros where `mask` is true."""
+    """A forward pre-hook that counts zeros where the mask of `shared` is true."""
 
-    def __init__(self) -> None:
-        self.mask: Tensor | None = None
+    def __init__(self, shared: ZeroCounters) -> None:
+        self.shared = shared
         self.zeros: Tensor | int = 0  # a tensor stays on its device until `fraction`
         self.entries = self.tokens = 0
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> None:
         x = args[0].detach()
-        if self.mask is not None and self.mask.shape == x.shape[:-1]:  # prompt tuning, for one, adds positions
-            x = x[self.mask.to(x.device)]
+        mask = self.shared.mask
+        if mask is not None and mask.shape == x.shape[:-1]:  # prompt tuning, for one, adds positions
+            x = x[mask.to(x.device)]
         x = x.reshape(-1, x.shape[-1])
         self.zeros += (x == 0).sum()
         self.entries += x.numel()

@@ -18,10 +18,10 @@ ORDER = [
     {"registration"},
     {"__init__"},
     {"configuration"},
-    {"checkpoint", "measure", "report", "training.arguments", "training.distillation", "training.throughput"}
-    | {"training.sources", "training.sharding"},
+    {"checkpoint", "measure", "report", "sources", "training.arguments", "training.distillation"}
+    | {"training.sharding", "training.throughput"},
     {"conversion", "training.data", "training.faults", "training.schedule", "training.training_report"},
-    {"bench", "training.chat", "training.streaming"},
+    {"bench", "evaluation", "training.chat", "training.streaming"},
     {"training.trainer"},
     {"training.__init__", "training.sft"},
     {"training.recipe"},

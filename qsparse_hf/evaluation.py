@@ -1,0 +1,362 @@
+"""How good a model is: the loss of held-out text, and its accuracy on minimal pairs of sentences.
+
+A text is a sequence of tokens, of which every one but the first is scored once, by its log-probability behind those
+before it: the disjoint windows of lm-evaluation-harness. `Protocol` says how many are before it.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .errors import UserError
+from .report import SparsityReport, counting_zeros, evaluating, projections
+from .sources import check_whole
+
+_WINDOW = 1024  # where the model's positions are no fewer
+_ROWS_OF_LOGITS = 1024  # in fp32 at a time
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What the loss of a text depends on besides model and text.
+
+    Attributes:
+        window: tokens that the model reads at once; None for 1024, or the model's positions where those are fewer.
+        stride: tokens from the beginning of one window to that of the next; None for `window`, no overlap. With less,
+            a token that an earlier window scored is context: each has at least `window - stride` tokens before it, but
+            for those of a text's first window.
+        bos: whether every window begins with the tokenizer's begin token, in the first token's place; the text's first
+            token is then scored too. None for what the tokenizer does with a text.
+        joined: whether documents are one text, with a blank line between them; else each is a text by itself, and no
+            window goes over its end.
+        limit: score at most that many tokens, from the first document on; None for all.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    window: int | None = None
+    stride: int | None = None
+    bos: bool | None = None
+    joined: bool = False
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("window", 2), ("stride", 1), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None:
+                check_whole(name, value)
+                if value < least:
+                    raise UserError(f"{name} must be at least {least}, got {value}")
+        if self.window is not None and self.stride is not None and self.stride > self.window:
+            raise UserError(f"stride must be at most the window, {self.window}, got {self.stride}")
+
+    def resolved(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> "Protocol":
+        """The same with every value that `model` and `tokenizer` decide filled in.
+
+        Raises:
+            UserError: a window beyond the model's positions, or a begin token that the tokenizer does not have.
+        """
+        config: Any = model.config
+        positions = getattr(config, "max_position_embeddings", None) or _WINDOW
+        window = self.window or min(_WINDOW, positions)
+        if window > positions:
+            raise UserError(f"window must be at most the model's {positions} positions, got {window}")
+        begin = None if tokenizer is None else tokenizer.bos_token_id
+        bos = self.bos
+        if bos is None:
+            bos = tokenizer is not None and begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
+        elif bos and begin is None:
+            raise UserError("the tokenizer has no begin token (bos_token), which windows are to begin with")
+        return Protocol(window, self.stride or window, bos, self.joined, self.limit)
+
+    def __str__(self) -> str:
+        parts = [f"windows of {self.window} tokens"]
+        parts += ["no overlap" if self.stride == self.window else f"stride {self.stride}"]
+        parts += ["each begins with the begin token" if self.bos else "no begin token"]
+        parts += ["documents joined by a blank line" if self.joined else "each document by itself"]
+        return ", ".join([*parts, f"at most {self.limit:,} tokens"] if self.limit else parts)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss of a text.
+
+    Attributes:
+        loss: mean negative log-probability of the scored tokens, in nats.
+        tokens: scored ones.
+        documents: those that they are of.
+        bytes: UTF-8 bytes that the scored tokens stand for; None where token ids were given.
+        protocol: with which it was measured, every value filled in.
+        sparsity: of what the projections read meanwhile, padding left out and context counted wherever it was read;
+            None for a model of a family that is not in `registration.FAMILIES`.
+    """
+
+    loss: float
+    tokens: int
+    documents: int
+    bytes: int | None
+    protocol: Protocol
+    sparsity: SparsityReport | None
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(loss)`."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Loss a byte of the text, in bits: it compares models of different tokenizers."""
+        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it, but for the sparsity of single layers."""
+        return {
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "protocol": asdict(self.protocol),
+        } | _sparsity(self.sparsity)
+
+
+@dataclass(frozen=True)
+class PairAccuracy:
+    """How often a model prefers the good sentence of a minimal pair.
+
+    Attributes:
+        pairs: of each phenomenon, how many there are.
+        right: of each phenomenon, in how many the good sentence has the higher sum of log-probabilities.
+        sparsity: as in `Evaluation`.
+    """
+
+    pairs: dict[str, int]
+    right: dict[str, int]
+    sparsity: SparsityReport | None
+
+    @property
+    def accuracy(self) -> float:
+        """Over all pairs."""
+        return sum(self.right.values()) / sum(self.pairs.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it, but for the sparsity of single layers."""
+        by_phenomenon = {name: self.right[name] / count for name, count in self.pairs.items()}
+        overall = {"accuracy": self.accuracy, "pairs": sum(self.pairs.values()), "accuracy_of": by_phenomenon}
+        return overall | _sparsity(self.sparsity)
+
+
+def _sparsity(report: SparsityReport | None) -> dict[str, Any]:
+    return {
+        "sparsity": report and report.to_dict()["sparsity"],
+        "activated_parameters": report and report.activated_parameters,
+    }
+
+
+def evaluate_perplexity(
+    model: nn.Module,
+    documents: Iterable[str] | Iterable[Sequence[int]] | Tensor,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    protocol: Protocol = Protocol(),
+    batch_size: int = 8,
+    progress: str | None = None,
+) -> Evaluation:
+    """The loss of `model` on `documents`, and the sparsity meanwhile.
+
+    The model is left as it was, its mode and hooks included; it may be dense or Q-Sparse, prepared or with adapters.
+    It runs where it is, in its own dtype; log-probabilities are taken in fp32 and added in fp64.
+
+    Args:
+        model: a causal language model.
+        documents: texts, of which as many are read as the protocol's limit needs; or token ids as they are, int64
+            `[N, T]` or a sequence for each document, of which `bos` is to hold as for texts.
+        tokenizer: of the texts; for token ids only if windows are to begin with its begin token.
+        batch_size: windows at once; shorter ones are more at once, in proportion.
+        progress: the progress bar's name; None for no bar.
+
+    Raises:
+        UserError: nothing to score, or what the protocol asks for is not there.
+    """
+    model = getattr(model, "_orig_mod", model)  # windows of many lengths would be compiled each
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    protocol = protocol.resolved(model, tokenizer)
+    begin = tokenizer.bos_token_id if tokenizer is not None and protocol.bos else None
+    windows: list[_Window] = []
+    total = read = 0
+    size: int | None = 0
+    for document in _texts(documents, protocol.joined):
+        if isinstance(document, str):
+            if tokenizer is None:
+                raise ValueError("texts need a tokenizer")
+            ids, ends = _tokenized(document, tokenizer)
+        else:
+            ids, ends = torch.as_tensor(document, dtype=torch.long, device="cpu"), None
+        if begin is not None:
+            ids = torch.cat((torch.tensor([begin]), ids))
+            ends = ends and [0, *ends]
+        scored = min(len(ids) - 1, (protocol.limit or math.inf) - total)
+        if scored < 1:
+            continue
+        windows += _windows(ids[: int(scored) + 1], protocol)
+        size = None if ends is None or size is None else size + ends[int(scored)] - ends[0]
+        total += int(scored)
+        read += 1
+        if total == protocol.limit:
+            break
+    if not windows:
+        raise UserError("the text holds no token that could be scored")
+    sums, sparsity = _log_probabilities(model, windows, begin, batch_size * (protocol.window or 1), progress)
+    return Evaluation(-sums.sum().item() / total, total, read, size, protocol, sparsity)
+
+
+def _texts(documents: Iterable[Any], joined: bool) -> Iterable[Any]:
+    if not joined:
+        return documents
+    parts = list(documents)
+    if all(isinstance(part, str) for part in parts):
+        return ["\n\n".join(parts)]
+    return [torch.cat([torch.as_tensor(part, dtype=torch.long, device="cpu") for part in parts])]
+
+
+def _tokenized(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, list[int]]:
+    """The token ids of a text, `[T]` int64, without what the tokenizer adds, and the byte that each ends before."""
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    ids = torch.tensor(tokens["input_ids"], dtype=torch.long)
+    if not tokenizer.is_fast:  # such cannot say where a token stands
+        pieces = [str(tokenizer.decode([token])) for token in tokens["input_ids"]]
+        return ids, _running(len(piece.encode()) for piece in pieces)
+    ends, done, size = [], 0, 0
+    for _, end in tokens["offset_mapping"]:
+        if end > done:  # else it shares a character with the token before
+            size += len(text[done:end].encode())
+            done = end
+        ends.append(size)
+    return ids, ends
+
+
+def _running(numbers: Iterable[int]) -> list[int]:
+    total = 0
+    return [total := total + number for number in numbers]
+
+
+class _Window(NamedTuple):
+    """What the model reads at once, `inputs` `[T]`; the last `len(targets)` of them predict `targets`."""
+
+    inputs: Tensor
+    targets: Tensor
+
+
+def _windows(ids: Tensor, protocol: Protocol) -> Iterator[_Window]:
+    """Windows in which every token of `ids` but the first is a target once."""
+    window, stride = protocol.window or len(ids), protocol.stride or len(ids)
+    done, start, last = 0, 0, len(ids) - 1
+    while done < last:
+        end = min(start + window, last)
+        yield _Window(ids[start:end], ids[done + 1 : end + 1])
+        done, start = end, start + stride
+
+
+def _log_probabilities(
+    model: nn.Module, windows: Sequence[_Window], begin: int | None, tokens_at_once: int, progress: str | None
+) -> tuple[Tensor, SparsityReport | None]:
+    """The sum of the targets' log-probabilities in each window, `[len(windows)]` fp64, and the sparsity meanwhile.
+
+    Windows of like length run together, so that little is padding; the longest first, so that memory is short at once
+    or never.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(windows)), key=lambda index: -len(windows[index].inputs))
+    sums = torch.zeros(len(windows), dtype=torch.float64)
+    known = next(projections(model), None) is not None
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(total=sum(len(w.targets) for w in windows), desc=progress, unit="token", disable=progress is None)
+        )
+        counters = stack.enter_context(counting_zeros(model)) if known else None
+        stack.enter_context(evaluating(model))
+        done = 0
+        while done < len(order):
+            longest = len(windows[order[done]].inputs)
+            chosen = order[done : done + max(1, tokens_at_once // longest)]
+            done += len(chosen)
+            ids = torch.zeros(len(chosen), longest, dtype=torch.long)
+            targets = torch.full_like(ids, -100)
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(chosen):
+                inputs, wanted = windows[index]
+                ids[row, : len(inputs)] = inputs
+                targets[row, len(inputs) - len(wanted) : len(inputs)] = wanted
+                mask[row, : len(inputs)] = 1
+            if begin is not None:
+                ids[:, 0] = begin
+            ids, targets = ids.to(device), targets.to(device)
+            padded = None if mask.all() else mask.to(device)
+            if counters is not None:
+                counters.mask = None if padded is None else padded.bool()
+            logits = model(input_ids=ids, attention_mask=padded, use_cache=False).logits
+            sums[chosen] = _sums(logits, targets.to(logits.device)).cpu()
+            bar.update(int((targets != -100).sum()))
+        return sums, None if counters is None else counters.report()
+
+
+def _sums(logits: Tensor, targets: Tensor) -> Tensor:
+    """The log-probabilities of `targets` `[B, T]` under `logits` `[B, T, V]`, added up to `[B]`; -100 is no target."""
+    losses = [
+        cross_entropy(some.float(), wanted, reduction="none")
+        for some, wanted in zip(
+            logits.flatten(0, 1).split(_ROWS_OF_LOGITS), targets.flatten().split(_ROWS_OF_LOGITS), strict=True
+        )
+    ]
+    return -torch.cat(losses).view(targets.shape).double().sum(1)
+
+
+def evaluate_pairs(
+    model: nn.Module,
+    pairs: Iterable[tuple[str, str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 8,
+    progress: str | None = None,
+) -> PairAccuracy:
+    """How often the good sentence of a pair has the higher sum of log-probabilities, as for BLiMP (arXiv 1912.00582).
+
+    Every sentence stands behind the begin token, or the end token where the tokenizer has no begin token, so that its
+    first token counts; lm-evaluation-harness does the same.
+
+    Args:
+        model: as `evaluate_perplexity` takes it.
+        pairs: (phenomenon, good sentence, bad sentence).
+        batch_size: so many times 1024 tokens at once.
+        progress: the progress bar's name; None for no bar.
+
+    Raises:
+        UserError: there are no pairs, or the tokenizer has neither token.
+    """
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if begin is None:
+        raise UserError("pairs need a tokenizer with a begin or an end token, behind which a sentence stands")
+    rows = list(pairs)
+    if not rows:
+        raise UserError("there are no pairs")
+    sentences = [sentence for _, good, bad in rows for sentence in (good, bad)]
+    tokens = tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = [_Window(torch.tensor([begin, *ids[:-1]]), torch.tensor(ids, dtype=torch.long)) for ids in tokens]
+    sums, sparsity = _log_probabilities(
+        getattr(model, "_orig_mod", model), windows, None, batch_size * _WINDOW, progress
+    )
+    counts: dict[str, int] = {}
+    right: dict[str, int] = {}
+    for (phenomenon, _, _), (good, bad) in zip(rows, sums.view(-1, 2).tolist(), strict=True):
+        counts[phenomenon] = counts.get(phenomenon, 0) + 1
+        right[phenomenon] = right.get(phenomenon, 0) + (good > bad)
+    return PairAccuracy(counts, right, sparsity)
