@@ -1,25 +1,45 @@
-"""How good a model is: the loss of held-out text, and its accuracy on minimal pairs of sentences.
+"""How good a model is: the loss of held-out text, its accuracy on minimal pairs of sentences and on tasks.
 
 A text is a sequence of tokens, of which every one but the first is scored once, by its log-probability behind those
 before it: the disjoint windows of lm-evaluation-harness. `Protocol` says how many are before it.
 """
 
+import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from .errors import UserError
+from .configuration import check_config
+from .conversion import DTYPES
+from .errors import UserError, check_writable, user_errors
+from .measure import print_table, write_json
 from .report import SparsityReport, counting_zeros, evaluating, projections
-from .sources import check_whole
+from .sources import RowCheck, Source, check_whole, read_documents
+from .tasks import Task, TaskScore, find_tasks, run_tasks
 
+logger = logging.getLogger(__name__)
+
+# A row's text by role: what `sources` calls system, prompt and completion are three columns of text, the first of which
+# may be missing in a row.
+PAIR_COLUMNS = {"system": "UID", "prompt": "sentence_good", "completion": "sentence_bad"}
+_NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 _WINDOW = 1024  # where the model's positions are no fewer
 _ROWS_OF_LOGITS = 1024  # in fp32 at a time
 
@@ -59,13 +79,12 @@ class Protocol:
         if self.window is not None and self.stride is not None and self.stride > self.window:
             raise UserError(f"stride must be at most the window, {self.window}, got {self.stride}")
 
-    def resolved(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> "Protocol":
-        """The same with every value that `model` and `tokenizer` decide filled in.
+    def resolved(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> "Protocol":
+        """The same with every value that a model's `config` and `tokenizer` decide filled in.
 
         Raises:
             UserError: a window beyond the model's positions, or a begin token that the tokenizer does not have.
         """
-        config: Any = model.config
         positions = getattr(config, "max_position_embeddings", None) or _WINDOW
         window = self.window or min(_WINDOW, positions)
         if window > positions:
@@ -156,6 +175,9 @@ class PairAccuracy:
         return overall | _sparsity(self.sparsity)
 
 
+Result: TypeAlias = Evaluation | PairAccuracy | TaskScore
+
+
 def _sparsity(report: SparsityReport | None) -> dict[str, Any]:
     return {
         "sparsity": report and report.to_dict()["sparsity"],
@@ -182,7 +204,7 @@ def evaluate_perplexity(
             `[N, T]` or a sequence for each document, of which `bos` is to hold as for texts.
         tokenizer: of the texts; for token ids only if windows are to begin with its begin token.
         batch_size: windows at once; shorter ones are more at once, in proportion.
-        progress: the progress bar's name; None for no bar.
+        progress: what the progress bar and messages call the text; None for no bar.
 
     Raises:
         UserError: nothing to score, or what the protocol asks for is not there.
@@ -190,7 +212,8 @@ def evaluate_perplexity(
     model = getattr(model, "_orig_mod", model)  # windows of many lengths would be compiled each
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    protocol = protocol.resolved(model, tokenizer)
+    config: Any = model.config
+    protocol = protocol.resolved(config, tokenizer)
     begin = tokenizer.bos_token_id if tokenizer is not None and protocol.bos else None
     windows: list[_Window] = []
     total = read = 0
@@ -215,7 +238,7 @@ def evaluate_perplexity(
         if total == protocol.limit:
             break
     if not windows:
-        raise UserError("the text holds no token that could be scored")
+        raise UserError(f"{progress or 'the text'} holds no token that could be scored")
     sums, sparsity = _log_probabilities(model, windows, begin, batch_size * (protocol.window or 1), progress)
     return Evaluation(-sums.sum().item() / total, total, read, size, protocol, sparsity)
 
@@ -337,7 +360,7 @@ def evaluate_pairs(
         model: as `evaluate_perplexity` takes it.
         pairs: (phenomenon, good sentence, bad sentence).
         batch_size: so many times 1024 tokens at once.
-        progress: the progress bar's name; None for no bar.
+        progress: what the progress bar and messages call the pairs; None for no bar.
 
     Raises:
         UserError: there are no pairs, or the tokenizer has neither token.
@@ -347,7 +370,7 @@ def evaluate_pairs(
         raise UserError("pairs need a tokenizer with a begin or an end token, behind which a sentence stands")
     rows = list(pairs)
     if not rows:
-        raise UserError("there are no pairs")
+        raise UserError(f"{progress or 'the file'} holds no pairs")
     sentences = [sentence for _, good, bad in rows for sentence in (good, bad)]
     tokens = tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"]
     windows = [_Window(torch.tensor([begin, *ids[:-1]]), torch.tensor(ids, dtype=torch.long)) for ids in tokens]
@@ -360,3 +383,212 @@ def evaluate_pairs(
         counts[phenomenon] = counts.get(phenomenon, 0) + 1
         right[phenomenon] = right.get(phenomenon, 0) + (good > bad)
     return PairAccuracy(counts, right, sparsity)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What checkpoints are measured on, found before the first of them is loaded.
+
+    Attributes:
+        texts: by name.
+        pairs: by name.
+        tasks: of lm-evaluation-harness.
+        protocol: of the texts.
+        batch_size: sequences at once.
+        questions: at most that many of each task.
+    """
+
+    texts: dict[str, Source]
+    pairs: dict[str, Source]
+    tasks: list[Task]
+    protocol: Protocol
+    batch_size: int
+    questions: int | None
+
+    @classmethod
+    def of(
+        cls,
+        text: Sequence[str] = (),
+        pairs: Sequence[str] = (),
+        tasks: Sequence[str] = (),
+        protocol: Protocol = Protocol(),
+        batch_size: int = 8,
+        questions: int | None = None,
+    ) -> "Suite":
+        """What a command names.
+
+        Args:
+            text: data sources as `sources.Source.parse` reads them, each with `NAME=` before it or named by its file.
+            pairs: the same, of rows with `sentence_good`, `sentence_bad` and `UID`, the phenomenon.
+            tasks: as `tasks.find_tasks` reads them.
+            protocol: of the texts.
+            batch_size: sequences at once.
+            questions: at most that many of each task.
+
+        Raises:
+            UserError: nothing to measure, a name twice, a file or task that is not there, or a number out of range.
+        """
+        for name, value in (("batch_size", batch_size), ("questions", 1 if questions is None else questions)):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if not (text or pairs or tasks):
+            raise UserError("nothing to measure on; name a text, pairs or tasks")
+        return cls(_named(text), _named(pairs, PAIR_COLUMNS), find_tasks(tasks), protocol, batch_size, questions)
+
+    def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Result]]:
+        """Each result with its name, as soon as it is there.
+
+        Raises:
+            UserError: a text, pairs or a task cannot be read or run.
+        """
+        for name, source in self.texts.items():
+            texts = (row["text"] for row in _good_rows(source))
+            with user_errors(name):
+                yield name, evaluate_perplexity(model, texts, tokenizer, self.protocol, self.batch_size, progress=name)
+        for name, source in self.pairs.items():
+            rows = ((row["system"] or "", row["prompt"], row["completion"]) for row in _good_rows(source))
+            with user_errors(name):
+                yield name, evaluate_pairs(model, rows, tokenizer, self.batch_size, progress=name)
+        for task in self.tasks:
+            for score in run_tasks(model, tokenizer, [task], self.batch_size, self.questions):
+                yield score.task, score
+
+
+def _named(written: Sequence[str], columns: dict[str, str] | None = None) -> dict[str, Source]:
+    sources: dict[str, Source] = {}
+    for text in written:
+        name, place = "", text
+        if (found := _NAMED.fullmatch(text)) and not Path(text).exists():
+            name, place = found.groups()
+        source = Source.parse(place)
+        if columns is not None:
+            source = replace(source, columns=columns)
+        name = name or (source.dataset or Path(source.files[0]).name.partition(".")[0])
+        if name in sources:
+            raise UserError(f"two texts are named {name!r}; put another name before one of them, as in other={place}")
+        read_documents([source], streaming=True, seed=0)  # to see that it is there
+        sources[name] = source
+    return sources
+
+
+def _good_rows(source: Source) -> Iterator[dict[str, Any]]:
+    """The rows that can be read; what is wrong with the others is said once."""
+    check = RowCheck(skip=True)
+    documents, _ = read_documents([source], streaming=True, seed=0)
+    for row in documents:
+        if check.passes(row):
+            yield row
+    if check.skipped == check.rows:
+        raise UserError(check.first or f"{source} holds no row")
+    if check.skipped:
+        logger.warning("%s: %s", source, check)
+
+
+def load_checkpoint(
+    name: str, device: str | None = None, dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model, dense or Q-Sparse, for evaluation, and its tokenizer.
+
+    Args:
+        name: folder or Hub id.
+        device: "cuda" or "cpu"; None for a GPU where there is one.
+        dtype: "float32", "bfloat16" or "float16"; "auto" for that of the checkpoint.
+
+    Raises:
+        UserError: it cannot be read, or there is no such device or dtype.
+    """
+    place = check_place(device, dtype)
+    check_config(name)
+    with user_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, "auto"))
+        return model.to(place).eval(), tokenizer
+
+
+def check_checkpoint(name: str, protocol: Protocol) -> Protocol:
+    """`protocol` with every value that the checkpoint decides filled in, before its weights are read.
+
+    Raises:
+        UserError: its configuration or tokenizer cannot be read, or does not allow the protocol.
+    """
+    check_config(name)
+    with user_errors(name):
+        return protocol.resolved(AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name))
+
+
+def check_place(device: str | None, dtype: str) -> torch.device:
+    """The device to run on.
+
+    Raises:
+        UserError: there is none of that name, or no such dtype.
+    """
+    if device not in (None, "cuda", "cpu"):
+        raise UserError(f"device must be cuda or cpu, got {device!r}")
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda' is asked for, and there is none; 'cpu' works too")
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def evaluate_checkpoint(
+    name: str, suite: Suite, device: str | None = None, dtype: str = "auto", output: str | Path | None = None
+) -> dict[str, Result]:
+    """Load a checkpoint, measure it and print a table; with `output`, write everything there as JSON.
+
+    Args:
+        name: folder or Hub id of a checkpoint, dense or Q-Sparse, with its tokenizer.
+        suite: what it is measured on.
+        device: as `load_checkpoint` takes it.
+        dtype: as `load_checkpoint` takes it.
+        output: a JSON file, written when all is measured.
+
+    Raises:
+        UserError: as `load_checkpoint` and `Suite.measure`; or the output cannot be written, before anything is read.
+    """
+    if output is not None:
+        check_writable(output)
+    check_place(device, dtype)
+    protocol = check_checkpoint(name, suite.protocol)
+    model, tokenizer = load_checkpoint(name, device, dtype)
+    results: dict[str, Result] = {}
+
+    def rows() -> Iterator[list[str]]:
+        for each, result in suite.measure(model, tokenizer):
+            results[each] = result
+            yield [each, *_cells(result)]
+
+    print(f"{name}, {str(model.dtype).removeprefix('torch.')} on {model.device.type}")
+    if suite.texts:
+        print(protocol)
+    print_table(["on", "loss", "perplexity", "bits/byte", "accuracy", "scored", "activated", "sparsity"], rows())
+    if output is not None:
+        with user_errors(output):
+            write_json(Path(output), {"model": name, "dtype": str(model.dtype)} | results_to_dict(results))
+    return results
+
+
+def results_to_dict(results: Mapping[str, Result]) -> dict[str, dict[str, Any]]:
+    """Results by kind and name, as JSON takes them."""
+    kinds = {"texts": Evaluation, "pairs": PairAccuracy, "tasks": TaskScore}
+    return {
+        kind: {name: result.to_dict() for name, result in results.items() if isinstance(result, of_kind)}
+        for kind, of_kind in kinds.items()
+    }
+
+
+def _cells(result: Result) -> list[str]:
+    """Loss, perplexity, bits a byte, accuracy, how much was scored, activated parameters, sparsity."""
+    if isinstance(result, TaskScore):
+        error = "" if result.standard_error is None else f" ± {result.standard_error:.3f}"
+        shots = "" if result.shots is None else f", {result.shots} shots"
+        asked = "" if result.questions is None else f"{result.questions:,} questions"
+        return ["", "", "", f"{result.score:.3f}{error} ({result.metric}{shots})", asked, "", ""]
+    if isinstance(result, PairAccuracy):
+        measured = ["", "", "", f"{result.accuracy:.4f}", f"{sum(result.pairs.values()):,} pairs"]
+    else:
+        bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+        measured = [f"{result.loss:.4f}", f"{result.perplexity:.3f}", bits, "", f"{result.tokens:,} tokens"]
+    if result.sparsity is None:
+        return [*measured, "", ""]
+    return [*measured, f"{result.sparsity.activated_parameters:,}", f"{100 * result.sparsity.overall:.1f} %"]

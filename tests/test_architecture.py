@@ -18,11 +18,11 @@ ORDER = [
     {"registration"},
     {"__init__"},
     {"configuration"},
-    {"checkpoint", "measure", "report", "sources", "training.arguments", "training.distillation"}
+    {"checkpoint", "measure", "report", "sources", "tasks", "training.arguments", "training.distillation"}
     | {"training.sharding", "training.throughput"},
     {"conversion", "training.data", "training.faults", "training.schedule", "training.training_report"},
     {"bench", "evaluation", "training.chat", "training.streaming"},
-    {"training.trainer"},
+    {"comparison", "training.trainer"},
     {"training.__init__", "training.sft"},
     {"training.recipe"},
     {"training.run"},
