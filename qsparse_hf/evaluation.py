@@ -466,7 +466,7 @@ def _named(written: Sequence[str], columns: dict[str, str] | None = None) -> dic
         name = name or (source.dataset or Path(source.files[0]).name.partition(".")[0])
         if name in sources:
             raise UserError(f"two texts are named {name!r}; put another name before one of them, as in other={place}")
-        read_documents([source], streaming=True, seed=0)  # to see that it is there
+        next(_good_rows(source))  # to see that it is there
         sources[name] = source
     return sources
 
@@ -474,7 +474,7 @@ def _named(written: Sequence[str], columns: dict[str, str] | None = None) -> dic
 def _good_rows(source: Source) -> Iterator[dict[str, Any]]:
     """The rows that can be read; what is wrong with the others is said once."""
     check = RowCheck(skip=True)
-    documents, _ = read_documents([source], streaming=True, seed=0)
+    documents, _ = read_documents([source], streaming=False, seed=0)  # a stream's order would be drawn
     for row in documents:
         if check.passes(row):
             yield row
@@ -541,7 +541,7 @@ def evaluate_checkpoint(
         suite: what it is measured on.
         device: as `load_checkpoint` takes it.
         dtype: as `load_checkpoint` takes it.
-        output: a JSON file, written when all is measured.
+        output: a JSON file, written again after each result.
 
     Raises:
         UserError: as `load_checkpoint` and `Suite.measure`; or the output cannot be written, before anything is read.
@@ -556,15 +556,15 @@ def evaluate_checkpoint(
     def rows() -> Iterator[list[str]]:
         for each, result in suite.measure(model, tokenizer):
             results[each] = result
+            if output is not None:
+                with user_errors(output):
+                    write_json(Path(output), {"model": name, "dtype": str(model.dtype)} | results_to_dict(results))
             yield [each, *_cells(result)]
 
     print(f"{name}, {str(model.dtype).removeprefix('torch.')} on {model.device.type}")
     if suite.texts:
         print(protocol)
     print_table(["on", "loss", "perplexity", "bits/byte", "accuracy", "scored", "activated", "sparsity"], rows())
-    if output is not None:
-        with user_errors(output):
-            write_json(Path(output), {"model": name, "dtype": str(model.dtype)} | results_to_dict(results))
     return results
 
 

@@ -65,6 +65,17 @@ def test_a_prepared_model_in_training_is_left_as_it_was(tokens):
     assert model.is_prepared
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_measures_the_same(family, dtype):
+    model = make(sparse_config(family), dtype=dtype)
+    documents = [torch.randint(3, 128, (length,)).tolist() for length in (40, 21, 100)]
+    expected = evaluate_perplexity(model, documents, protocol=Protocol(16, 12))
+    found = evaluate_perplexity(model.cuda(), documents, protocol=Protocol(16, 12))
+    assert found.loss == pytest.approx(expected.loss, rel=0.02)  # a top-K amplifies rounding
+    assert found.sparsity.overall == expected.sparsity.overall
+
+
 def test_other_families_have_a_loss_and_no_sparsity(tokens):
     model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=128)).eval()
     found = evaluate_perplexity(model, tokens)
