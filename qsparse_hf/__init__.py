@@ -25,6 +25,7 @@ from .registration import register
 
 if TYPE_CHECKING:
     from .conversion import convert_checkpoint
+    from .evaluation import evaluate_perplexity
     from .report import sparsity_report
     from .training import QSparseTrainer, QSparseTrainingArguments
 
@@ -52,6 +53,7 @@ __all__ = [
     "QSparseTrainer",
     "QSparseTrainingArguments",
     "convert_checkpoint",
+    "evaluate_perplexity",
     "glu_sparsify",
     "rms_norm_sparsify",
     "sparsity_report",
@@ -66,6 +68,7 @@ _LAZY = {
     "QSparseTrainer": ".training",
     "QSparseTrainingArguments": ".training",
     "convert_checkpoint": ".conversion",
+    "evaluate_perplexity": ".evaluation",
     "sparsity_report": ".report",
 }
 

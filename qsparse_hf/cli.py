@@ -5,8 +5,12 @@ import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from .errors import Interrupted, UserError, shortened
+
+if TYPE_CHECKING:
+    from .evaluation import Suite
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -56,6 +60,28 @@ def generate(arguments: argparse.Namespace) -> None:
         chat.answer(arguments.prompt)
 
 
+def eval_(arguments: argparse.Namespace) -> None:
+    from .evaluation import evaluate_checkpoint
+
+    evaluate_checkpoint(arguments.model, _suite(arguments), arguments.device, arguments.dtype, arguments.output)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    from .comparison import compare_checkpoints
+
+    suite, picture = _suite(arguments), arguments.picture
+    compare_checkpoints(arguments.models, suite, arguments.device, arguments.dtype, arguments.output, picture)
+
+
+def _suite(arguments: argparse.Namespace) -> "Suite":
+    from .evaluation import Protocol, Suite
+
+    protocol = Protocol(arguments.window, arguments.stride, arguments.bos, arguments.joined, arguments.tokens)
+    return Suite.of(
+        arguments.text, arguments.pairs, arguments.tasks, protocol, arguments.batch_size, arguments.questions
+    )
+
+
 def bench(arguments: argparse.Namespace) -> None:
     from .bench import bench_decode
 
@@ -78,6 +104,48 @@ def _group_ratio(text: str) -> tuple[str, float | list[float]]:
     return group, values[0] if len(values) == 1 else values
 
 
+def _add_suite(parser: argparse.ArgumentParser) -> None:
+    """What a model is measured on, and how."""
+    add = parser.add_argument
+    add(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]DATA",
+        help="files, folders or globs of text, JSONL, parquet or CSV, or "
+        '{"dataset": ..., "split": ..., "columns": ...}; each a row of the table',
+    )
+    add("--window", type=int, metavar="N", help="tokens read at once (default: 1024, or the model's positions)")
+    add("--stride", type=int, metavar="N", help="from window to window (default: the window, no overlap)")
+    add("--bos", action=argparse.BooleanOptionalAction, help="begin windows so (default: as the tokenizer does)")
+    add(
+        "--joined",
+        action="store_true",
+        help="documents as one text, with blank lines between (default: each by itself)",
+    )
+    add("--tokens", type=int, metavar="N", help="score at most so many of each text (default: all)")
+    add(
+        "--pairs",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]DATA",
+        help="minimal pairs, as BLiMP's: rows of sentence_good, sentence_bad and UID",
+    )
+    add(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK[:SHOTS]",
+        help="of lm-evaluation-harness, or YAML files of your own, whose code runs; paper: ARC-C, HellaSwag, MMLU, "
+        "Winogrande and TruthfulQA with 25, 10, 5, 5 and 0 shots",
+    )
+    add("--questions", type=int, metavar="N", help="ask at most so many of each task (default: all)")
+    add("--batch-size", type=int, default=8, metavar="N", help="sequences at once (default %(default)s)")
+    add("--device", choices=["cuda", "cpu"], help="(default: cuda where there is one)")
+    add("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    add("--output", metavar="FILE", help="also write everything there, as JSON")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the `qsparse` command."""
     parser = argparse.ArgumentParser(
@@ -88,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def verb(function: Callable, summary: str, example: str) -> argparse.ArgumentParser:
         subparser = verbs.add_parser(
-            function.__name__,
+            function.__name__.rstrip("_"),  # `eval` is Python's
             help=summary,
             description=summary,
             epilog=f"example:\n  {example}",
@@ -159,6 +227,23 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (default %(default)s)")
     p.add_argument("--temperature", type=float, default=0.0, help="of sampling (default 0: the likeliest token)")
     p.add_argument("--seed", type=int, help="of sampling")
+
+    p = verb(
+        eval_,
+        "Measure a model: loss of held-out text, accuracy on minimal pairs and on tasks, and the sparsity meanwhile.",
+        "qsparse eval my-checkpoint --text README.md notes=notes.jsonl.gz --output eval.json",
+    )
+    p.add_argument("model", help="folder or Hub id of a checkpoint, Q-Sparse or dense")
+    _add_suite(p)
+
+    p = verb(
+        compare,
+        "Measure several models, dense or Q-Sparse, in one table: quality, activated parameters, size, speed.",
+        "qsparse compare dense sparse-40 sparse-50 --text README.md --picture compare.png",
+    )
+    p.add_argument("models", nargs="+", metavar="model", help="folders or Hub ids of checkpoints")
+    _add_suite(p)
+    p.add_argument("--picture", metavar="FILE", help="draw quality over activated parameters there, as a PNG")
 
     p = verb(
         bench,

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ _EXPLAINED = (
     "half: the fewest features that half of all survivors are of (50% if all survive alike)",
     "peak: a token's largest magnitude before the selection over its root mean square",
 )
+_ROWS_OF_LOGITS = 1024  # in fp32 at a time
 
 
 def projections(model: nn.Module) -> Iterator[tuple[int, str, nn.Linear]]:
@@ -250,7 +251,87 @@ def _short(count: int) -> str:
     return str(count)
 
 
-@torch.no_grad()
+class Counters:
+    """What a model's projections read, counted; `counting` makes one.
+
+    Attributes:
+        detailed: also measure the use of features, for which every selection is computed a second time without its
+            sparsity.
+        mask: positions of the next forward passes that are counted, `[B, T]` bool; None for all.
+    """
+
+    def __init__(self, detailed: bool = False) -> None:
+        self.detailed = detailed
+        self.mask: Tensor | None = None
+        self._counters: dict[tuple[int, str], _Counter] = {}
+        self._parameters: dict[int, dict[str, int]] = {}
+
+    def report(self, loss: float | None = None) -> SparsityReport:
+        """What was counted until now, and the loss that was measured beside it.
+
+        Raises:
+            ValueError: no tokens were.
+        """
+        tokens = next(iter(self._counters.values())).tokens
+        if tokens == 0:
+            raise ValueError("the batch holds no tokens")
+        parameters = self._parameters
+        layers = [{group: self._counters[layer, group] for group in parameters[layer]} for layer in parameters]
+        sparsity = [{group: counter.fraction() for group, counter in layer.items()} for layer in layers]
+        features = [{group: counter.use() for group, counter in layer.items()} for layer in layers if self.detailed]
+        return SparsityReport(tokens, sparsity, list(parameters.values()), features, loss)
+
+
+@contextmanager
+def counting(model: nn.Module, detailed: bool = False) -> Iterator[Counters]:
+    """While this is open, what every forward pass of `model` reads is counted; a prepared model is restored for it.
+
+    Args:
+        model: as `sparsity_report` takes it, but for compiled ones, whose code does not run the hooks: `_orig_mod`.
+        detailed: as in `Counters`.
+
+    Raises:
+        ValueError: the model has no projections of these names.
+    """
+    counters = Counters(detailed)
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, QSparsePreTrainedModel) and module.is_prepared:
+                stack.enter_context(as_restored(module))  # decode products would not run the hooks
+        for number, name, layer, group in _groups(model):
+            linears: list[nn.Linear] = [layer.get_submodule(path) for path in group.linears]
+            weights = counters._parameters.setdefault(number, dict.fromkeys(GROUPS, 0))
+            weights[name] = sum(linear.in_features * linear.out_features for linear in linears)
+            counters._counters[number, name] = counter = _Counter(counters)
+            stack.callback(linears[0].register_forward_pre_hook(counter).remove)  # they read the same input
+            selector = dict(layer.named_modules()).get(group.selector)
+            if detailed and isinstance(selector, Sparsify):  # a dense model has none
+                stack.callback(selector.register_forward_pre_hook(counter.before_selection).remove)
+        if not counters._counters:
+            known = ", ".join(FAMILIES)
+            raise ValueError(f"{type(model).__name__} is of none of the families {known}, whose projections are known")
+        yield counters
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout; afterwards the model trains on if it did before."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-probabilities, `[B, T]` fp32, of `targets` `[B, T]` under `logits` `[B, T, V]`; 0 for -100."""
+    rows = zip(logits.flatten(0, 1).split(_ROWS_OF_LOGITS), targets.flatten().split(_ROWS_OF_LOGITS), strict=True)
+    losses = [nn.functional.cross_entropy(some.float(), wanted, reduction="none") for some, wanted in rows]
+    return torch.cat(losses).view(targets.shape)
+
+
 def sparsity_report(
     model: nn.Module, batch: Tensor | Mapping | Iterable[Tensor | Mapping], detailed: bool = True
 ) -> SparsityReport:
@@ -267,60 +348,26 @@ def sparsity_report(
         ValueError: the model has no projections of these names, or the batch no tokens.
     """
     model = getattr(model, "_orig_mod", model)  # compiled code would not run the hooks
-    counters: dict[tuple[int, str], _Counter] = {}
-    parameters: dict[int, dict[str, int]] = {}
-    was_training = model.training
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, QSparsePreTrainedModel) and module.is_prepared:
-                stack.enter_context(as_restored(module))  # decode products would not run the hooks
-        for number, name, layer, group in _groups(model):
-            linears: list[nn.Linear] = [layer.get_submodule(path) for path in group.linears]
-            weights = parameters.setdefault(number, dict.fromkeys(GROUPS, 0))
-            weights[name] = sum(linear.in_features * linear.out_features for linear in linears)
-            counters[number, name] = counter = _Counter(detailed)
-            stack.callback(linears[0].register_forward_pre_hook(counter).remove)  # they read the same input
-            selector = dict(layer.named_modules()).get(group.selector)
-            if detailed and isinstance(selector, Sparsify):  # a dense model has none
-                stack.callback(selector.register_forward_pre_hook(counter.before_selection).remove)
-        if not counters:
-            known = ", ".join(FAMILIES)
-            raise ValueError(f"{type(model).__name__} is of none of the families {known}, whose projections are known")
-        stack.callback(model.train, was_training)
-        model.eval()
-        losses = predicted = 0.0
+    losses = predicted = 0.0
+    with counting(model, detailed) as counters, evaluating(model):
         for inputs in [batch] if isinstance(batch, Tensor | Mapping) else batch:
             inputs = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
             inputs.pop("labels", None)
             mask = inputs.get("attention_mask")
-            for counter in counters.values():
-                counter.mask = mask.bool() if mask is not None else None
-            output = model(**inputs, use_cache=False)
-            if detailed:
-                each = _losses(inputs, getattr(output, "logits", None))
-                losses, predicted = losses + each.sum().item(), predicted + each.numel()
-
-    tokens = next(iter(counters.values())).tokens
-    if tokens == 0:
-        raise ValueError("the batch holds no tokens")
-    sparsity = [{group: counters[layer, group].fraction() for group in parameters[layer]} for layer in parameters]
-    features = [{group: counters[layer, group].use() for group in parameters[layer]} for layer in parameters]
-    return SparsityReport(
-        tokens,
-        sparsity,
-        list(parameters.values()),
-        features if detailed else [],
-        losses / predicted if predicted else None,
-    )
+            counters.mask = mask.bool() if mask is not None else None
+            logits: Any = getattr(model(**inputs, use_cache=False), "logits", None)
+            if detailed and (targets := _targets(inputs, logits)) is not None:
+                losses += token_losses(logits[:, :-1], targets).sum().item()
+                predicted += (targets != -100).sum().item()
+        return counters.report(losses / predicted if predicted else None)
 
 
-def _losses(inputs: Mapping, logits: Tensor | None) -> Tensor:
-    """`[n]` negative log-probabilities in fp32 of the tokens behind the first of each row; none without logits."""
+def _targets(inputs: Mapping, logits: Tensor | None) -> Tensor | None:
+    """What each row's tokens are followed by, `[B, T - 1]`, -100 where a mask leaves one out; None without logits."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if logits is None or ids is None or logits.shape[:-1] != ids.shape:  # prompt tuning, for one, adds positions
-        return torch.empty(0)
-    losses = nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-    return losses.flatten() if mask is None else losses[(mask[:, 1:] * mask[:, :-1]).bool()]
+        return None
+    return ids[:, 1:] if mask is None else ids[:, 1:].masked_fill((mask[:, 1:] * mask[:, :-1]) == 0, -100)
 
 
 def report_checkpoint(
@@ -361,13 +408,12 @@ def report_checkpoint(
 
 
 class _Counter:
-    """A forward pre-hook of a linear: what survives in its input where `mask` is true, and how that compares with what
-    was there before the selection, if `before_selection` is a forward pre-hook of the module that selects.
+    """A forward pre-hook of a linear: what survives in its input where the mask of `shared` is true, and how that
+    compares with what was there before the selection, if `before_selection` is a forward pre-hook of what selects.
     """
 
-    def __init__(self, detailed: bool) -> None:
-        self.mask: Tensor | None = None
-        self.detailed = detailed
+    def __init__(self, shared: Counters) -> None:
+        self.shared = shared
         self.kept: Tensor | Any = 0  # [D], how often each feature was; a tensor stays on its device until it is read
         self.dropped: Tensor | Any = 0
         self.peaks: Tensor | Any = 0
@@ -386,7 +432,7 @@ class _Counter:
         kept = self._rows(args[0]) != 0
         self.kept = self.kept + kept.sum(0)
         self.tokens += kept.shape[0]
-        if self.detailed:
+        if self.shared.detailed:
             squares = self._rows(args[0] if self._before is None else self._before).float().square()
             mass = squares.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
             self.dropped = self.dropped + (1 - (squares * kept).sum(-1) / mass).sum()
@@ -394,8 +440,9 @@ class _Counter:
 
     def _rows(self, x: Tensor) -> Tensor:
         x = x.detach()
-        if self.mask is not None and self.mask.shape == x.shape[:-1]:  # prompt tuning, for one, adds positions
-            x = x[self.mask.to(x.device)]
+        mask = self.shared.mask
+        if mask is not None and mask.shape == x.shape[:-1]:  # prompt tuning, for one, adds positions
+            x = x[mask.to(x.device)]
         return x.reshape(-1, x.shape[-1])
 
     def fraction(self) -> float:

@@ -18,12 +18,12 @@ ORDER = [
     {"registration"},
     {"__init__"},
     {"configuration", "checkpoint"},
-    {"measure", "report", "training.arguments", "training.distillation", "training.throughput"}
-    | {"training.sources", "training.sharding"},
+    {"measure", "report", "sources", "tasks", "training.arguments", "training.distillation"}
+    | {"training.sharding", "training.throughput"},
     {"gguf_file", "training.data", "training.faults", "training.schedule", "training.training_report"},
     {"conversion"},
-    {"bench", "generate", "training.chat", "training.streaming"},
-    {"training.trainer"},
+    {"bench", "evaluation", "generate", "training.chat", "training.streaming"},
+    {"comparison", "training.trainer"},
     {"training.__init__", "training.sft"},
     {"training.recipe"},
     {"training.run"},

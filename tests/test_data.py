@@ -20,8 +20,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from qsparse_hf.errors import UserError
+from qsparse_hf.sources import read_documents
 from qsparse_hf.training.data import DataArguments, collate_packed, pack, pack_on_disk
-from qsparse_hf.training.sources import read_documents
 from qsparse_hf.training.streaming import PackedStream
 
 
@@ -309,7 +309,7 @@ def test_every_row_of_a_csv_is_read_or_named(tmp_path, content, good, bad):
 
 
 def test_an_open_quote_takes_no_more_than_fits_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("qsparse_hf.training.sources._LONGEST_FIELD", 1000)
+    monkeypatch.setattr("qsparse_hf.sources._LONGEST_FIELD", 1000)
     (tmp_path / "a.csv").write_text('text\n"open\n' + "row\n" * 2000 + f'"{"long " * 300}"\nlast\n')
     texts, bad = checked(tmp_path / "a.csv")
     assert texts == ["row"] * 2000 + ["last"]

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qsparse_hf.errors import UserError
+from qsparse_hf.sources import ROLES, RowCheck, Source, read_documents
 from qsparse_hf.training.data import DataArguments, pack_on_disk
-from qsparse_hf.training.sources import ROLES, RowCheck, Source, read_documents
 from qsparse_hf.training.streaming import PackedStream
 
 quickly = settings(deadline=None, suppress_health_check=list(HealthCheck))

@@ -13,7 +13,7 @@ from qsparse_hf.cli import main
 from qsparse_hf.modeling.configuration_qsparse import GROUPS
 from qsparse_hf.modeling.sparsify import Sparsify
 from qsparse_hf.modeling.sparsity import Selection
-from qsparse_hf.report import _Counter, count_parameters, sparsity_report
+from qsparse_hf.report import Counters, _Counter, count_parameters, sparsity_report
 
 # Per layer of the tiny model with heads of 16: q 64x64, k and v 32x64, o 64x64, gate and up 96x64, down 64x96.
 HEADS = {"head_dim": 16}
@@ -44,7 +44,7 @@ def test_measured_sparsity_and_activated_parameters(family, tokens):
 
 def test_use_of_features_and_loss_by_hand():
     """One layer whose o_proj reads 4 features: what survives of three tokens is known, and so is what it held."""
-    counter = _Counter(detailed=True)
+    counter = _Counter(Counters(detailed=True))
     selector = Sparsify(Selection(0.5))
     x = torch.tensor([[[3.0, 4.0, 0.0, 1.0], [5.0, -1.0, 0.5, 0.0], [2.0, 0.0, 1.0, 0.0]]])
     counter.before_selection(selector, (x,))

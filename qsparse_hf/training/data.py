@@ -20,7 +20,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError, shortened
-from .sources import RowCheck, Source, check_whole, read_documents, reason
+from ..sources import RowCheck, Source, check_whole, read_documents, reason
 
 logger = logging.getLogger(__name__)
 

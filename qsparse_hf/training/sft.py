@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import UserError, user_errors
+from ..sources import FEATURES, RowCheck, Source
 from .arguments import QSparseArguments
 from .data import DataArguments, identity, prepare_on_disk
-from .sources import FEATURES, RowCheck, Source
 from .trainer import QSparseTrainerMixin
 
 try:

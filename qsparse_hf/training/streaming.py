@@ -14,8 +14,8 @@ import torch.utils.data
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import UserError, user_errors
+from ..sources import RowCheck, Source, read_documents
 from .data import DataArguments, end_token, pack, require_text, text_batches, tokenize
-from .sources import RowCheck, Source, read_documents
 
 
 class PackedStream(torch.utils.data.IterableDataset):

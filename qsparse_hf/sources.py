@@ -32,7 +32,7 @@ from datasets import (
 from datasets.fingerprint import Hasher
 from fsspec.utils import infer_compression
 
-from ..errors import UserError
+from .errors import UserError
 
 # What a column of a source can be. Language modelling reads `text`; SFT reads any of these sets.
 ROLES = ({"text"}, {"messages"}, {"prompt", "completion"}, {"system", "prompt", "completion"})

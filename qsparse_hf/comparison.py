@@ -1,0 +1,152 @@
+"""Checkpoints beside each other, dense and Q-Sparse: what they are worth, and what they cost."""
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedModel
+
+from .bench import tokens_per_second
+from .errors import UserError, check_writable, user_errors
+from .evaluation import (
+    Evaluation,
+    PairAccuracy,
+    Result,
+    Suite,
+    check_checkpoint,
+    check_place,
+    load_checkpoint,
+    results_to_dict,
+)
+from .measure import print_table, write_json
+from .report import count_parameters
+
+
+def compare_checkpoints(
+    names: Sequence[str],
+    suite: Suite,
+    device: str | None = None,
+    dtype: str = "auto",
+    output: str | Path | None = None,
+    picture: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """Measure each checkpoint and print a table.
+
+    Args:
+        names: folders or Hub ids of checkpoints, dense or Q-Sparse, with their tokenizers.
+        suite: what they are measured on.
+        device: "cuda" or "cpu"; None for a GPU where there is one.
+        dtype: of all of them; "auto" for each checkpoint's own.
+        output: a JSON file for everything, written again after each checkpoint.
+        picture: a PNG file for quality over activated parameters.
+
+    Returns:
+        Of each checkpoint, what is written as JSON.
+
+    Raises:
+        UserError: a checkpoint or an output that cannot be, before anything is measured; or what cannot be read later.
+    """
+    check_place(device, dtype)
+    for target in (output, picture):
+        if target is not None:
+            check_writable(target)
+    if picture is not None and Path(picture).suffix.lower() != ".png":
+        raise UserError(f"a picture is a PNG, whose name ends with .png, got {str(picture)!r}")
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise UserError(f"{name} is named twice")
+    protocols = {str(check_checkpoint(name, suite.protocol)): name for name in names}
+    rows: list[dict[str, Any]] = []
+
+    def measured() -> Iterator[dict[str, str]]:
+        for name in names:
+            model, tokenizer = load_checkpoint(name, device, dtype)
+            results = dict(suite.measure(model, tokenizer))
+            with user_errors(name):
+                cost = _cost(name, model)
+            rows.append({"model": name, "dtype": str(model.dtype)} | cost | results_to_dict(results))
+            del model
+            gc.collect()
+            if output is not None:
+                with user_errors(output):
+                    write_json(Path(output), rows)
+            yield {"model": name} | {each: _quality(result) for each, result in results.items()} | _cells(cost)
+
+    if suite.texts:
+        print(
+            *(protocols if len(protocols) == 1 else (f"{name}: {each}" for each, name in protocols.items())), sep="\n"
+        )
+    print("loss of a text in nats a token, accuracy on pairs and tasks; speed of one sequence, sparse models prepared")
+    table = measured()
+    first = next(table)  # which knows what tasks are called
+    print_table(list(first), (list(row.values()) for row in chain([first], table)))
+    if picture is not None:
+        with user_errors(picture):
+            _draw(rows, Path(picture))
+    return rows
+
+
+def _cost(name: str, model: PreTrainedModel) -> dict[str, Any]:
+    """What a token costs, as JSON takes it; for parameters of projections None where the family is not known."""
+    projections, activated = count_parameters(model)
+    unread = (projections - activated) * model.dtype.itemsize
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:  # of which one row is read
+        unread += embedding.weight.nbytes
+    return {
+        "parameters": model.num_parameters(),
+        "projection_parameters": projections or None,
+        "activated_parameters": activated or None,
+        "bytes_read_per_token": sum(parameter.nbytes for parameter in model.parameters()) - unread,
+        "bytes_on_disk": _size_on_disk(name),
+        "tokens_per_second": tokens_per_second(model),
+    }
+
+
+def _size_on_disk(name: str) -> int:
+    """Bytes of a checkpoint's weights, which are there, as they were loaded."""
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name, allow_patterns="*.safetensors*", local_files_only=True))
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _quality(result: Result) -> str:
+    if isinstance(result, Evaluation):
+        return f"{result.loss:.4f}"
+    return f"{result.accuracy:.4f}" if isinstance(result, PairAccuracy) else f"{result.score:.4f}"
+
+
+def _cells(cost: Mapping[str, Any]) -> dict[str, str]:
+    projections, activated = cost["projection_parameters"], cost["activated_parameters"]
+    return {
+        "activated": f"{activated / 1e6:,.1f} of {projections / 1e6:,.1f} M" if activated else "",
+        "read a token": f"{cost['bytes_read_per_token'] / 1e6:,.1f} MB",
+        "on disk": f"{cost['bytes_on_disk'] / 1e6:,.1f} MB",
+        "tokens/s": f"{cost['tokens_per_second']:.1f}",
+    }
+
+
+def _draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """A panel for each text, pairs and task: loss or accuracy over activated parameters, a point for each model."""
+    from matplotlib.figure import Figure
+
+    values = {"texts": "loss", "pairs": "accuracy", "tasks": "score"}
+    panels = [(kind, name) for kind in values for name in rows[0][kind]]
+    figure = Figure(figsize=(4.5 * len(panels), 4), layout="constrained")
+    for axes, (kind, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for row in rows:
+            millions = (row["activated_parameters"] or row["parameters"]) / 1e6
+            value = row[kind][name][values[kind]]
+            axes.scatter(millions, value)
+            label = Path(row["model"]).name or row["model"]
+            axes.annotate(label, (millions, value), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axes.set_title(name)
+        axes.set_xlabel("weights of projections that a token reads, millions")
+        axes.set_ylabel("loss, nats a token" if kind == "texts" else "accuracy")
+        axes.margins(0.2)
+    figure.savefig(file, dpi=120)
