@@ -18,13 +18,15 @@ ORDER = [
     {"registration"},
     {"__init__"},
     {"configuration"},
-    {"checkpoint", "measure", "report", "training.arguments", "training.distillation", "training.throughput"}
+    {"checkpoint", "measure", "report", "training.distillation", "training.losses", "training.throughput"}
     | {"training.sources", "training.sharding"},
-    {"conversion", "training.data", "training.faults", "training.schedule", "training.training_report"},
-    {"bench", "training.chat", "training.streaming"},
+    {"conversion", "training.data", "training.faults", "training.training_report"},
+    {"bench", "training.arguments", "training.chat", "training.streaming"},
+    {"training.schedule"},
     {"training.trainer"},
     {"training.__init__", "training.sft"},
     {"training.recipe"},
+    {"training.control"},
     {"training.run"},
     {"quickstart"},
     {"cli"},

@@ -486,7 +486,7 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capfd):
         (["tokenizer=nowhere/tok"], "nowhere/tok: is no file or folder here, and the Hub did not give it: "),
         (["distill_weight=2"], "distill_weight must be above 0 and at most 1, got 2"),
         (["model_fields={sparsity: 2}"], "sparsity must be .*got 2"),
-        (["max_steps=0"], "max_steps must be at least 1, or -1"),
+        (["max_steps=0", "eval_data=[]"], "max_steps=0 evaluates alone and needs eval_data"),
         (["save_steps=0"], "save_steps must be at least"),
         (["max_grad_norm=-1"], "max_grad_norm must be at least 0, got -1"),
         (["seed=-1"], "seed must be at least 0, got -1"),
@@ -616,7 +616,12 @@ def test_forward_kl_by_hand():
 def test_distillation_learns_the_parent(run_config, tmp_path, tiny_checkpoint):
     """From other weights, on divergence alone: the student comes nearer; the sum of both losses is as said."""
     make(dense_config("llama"), seed=1).save_pretrained(tmp_path / "parent")
-    options = [f"distill_from={tmp_path / 'parent'}", "sparsity_ramp_steps=0", "save_strategy=no"]
+    options = [
+        f"distill_from={tmp_path / 'parent'}",
+        "sparsity_ramp_steps=0",
+        "save_strategy=no",
+        "eval_on_start=false",
+    ]
 
     def history(*more: str) -> list[dict]:
         trainer = train(str(run_config), [f"output_dir={tmp_path / 'out'}", *options, *more])

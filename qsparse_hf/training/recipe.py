@@ -55,6 +55,13 @@ class RunArguments:
         metadata={"help": "Train adapters: fields of PEFT's LoraConfig, {r: 16, target_modules: all-linear} say."},
     )
 
+    control: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the dense twin first, on the same rows with the same settings, into OUTPUT_DIR/control."
+        },
+    )
+
     def __post_init__(self) -> None:
         if bool(self.model) == bool(self.config):
             raise UserError("give either model (a checkpoint to begin with) or config (to train from scratch)")
@@ -325,14 +332,13 @@ _RANGES: dict[str, tuple[float, float]] = {
         (1, sys.maxsize),
     ),
 }
-# What an evaluation measures: a recipe's trainer is given no `compute_metrics`.
+# What an evaluation measures of every text.
 _METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
 # What a text may be, where any is taken and a wrong one stops late or does nothing; beside the `choices` that a field's
 # metadata names for the command line of Transformers, which alone holds to them.
 _CHOICES: dict[str, Collection[object]] = {
     "include_num_input_tokens_seen": (True, False, "all", "non_padding", "no"),
     "loss_type": ("nll", "dft"),
-    "metric_for_best_model": (*_METRICS, *(f"eval_{metric}" for metric in _METRICS)),
 }
 
 
@@ -384,7 +390,7 @@ def parse(config: str, overrides: list[str]) -> Recipe:
         except ValueError as error:
             raise UserError(f"{where}: {key} {error}") from None
     try:
-        return Recipe(
+        recipe = Recipe(
             *(
                 _build(kind, {name: converted[name] for name in converted if name in _field_names(kind)})
                 for kind in kinds
@@ -392,6 +398,21 @@ def parse(config: str, overrides: list[str]) -> Recipe:
         )
     except UserError as error:
         raise UserError(f"{config}: {error}") from error
+    _check_metric(recipe, values["metric_for_best_model"].where if "metric_for_best_model" in values else config)
+    return recipe
+
+
+def _check_metric(recipe: Recipe, where: str) -> None:
+    """What chooses the best model must be measured; a recipe's trainer is given no `compute_metrics`."""
+    metric = recipe.training.metric_for_best_model
+    measured = [
+        f"{name}_{metric}" if name else metric for name in recipe.data.eval_sources or [""] for metric in _METRICS
+    ]
+    measured += [f"eval_{metric}" for metric in measured]
+    if metric is not None and metric not in measured:
+        raise UserError(
+            f"{where}: metric_for_best_model must be one of {', '.join(measured)}, got {shortened(repr(metric))}"
+        )
 
 
 def _build(kind: type, arguments: dict[str, Any]) -> Any:
