@@ -255,6 +255,24 @@ def test_every_metric_that_may_choose_the_best_is_measured(tiny_checkpoint, tmp_
         assert train(str(tmp_path / "run.yaml"), overrides).state.best_metric > 0
 
 
+def test_evaluation_texts_may_have_names(written):
+    lines = "eval_data: {english: a.txt, python: [b, {files: c, take: 5}]}\nload_best_model_at_end: true\n"
+    lines += "eval_strategy: steps\nmetric_for_best_model: "
+    data = written(lines + "eval_python_loss\n").data
+    assert {name: [str(source) for source in sources] for name, sources in data.eval_sources.items()} == {
+        "english": ["a.txt"],
+        "python": ["b", "c"],
+    }
+    assert data.eval_sources["python"][1].take == 5
+    assert [*written("eval_data: {files: a.txt, skip: 1}\n").data.eval_sources] == [""]
+    assert written("eval_data: {}\n").data.eval_sources == {}
+    for nothing in ("loss", "null", "eval_german_loss"):
+        with pytest.raises(
+            UserError, match=r"metric_for_best_model must be one of english_loss, .*, eval_python_loss,"
+        ):
+            written(lines + nothing + "\n")
+
+
 def test_anchors_and_merges_work_at_the_top_too(written):
     lines = (
         "<<: &base {seed: 3, learning_rate: 1e-4}\nseed: 5\nmodel_fields: &fields {a: 1}\nlora: {<<: *fields, r: 2}\n"

@@ -126,6 +126,9 @@ class QSparseTrainerMixin(_Trainer):
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         if self._teacher is None or self._teacher.dtype != dtype:
             self._teacher = load_teacher(args.distill_from, dtype, args.device)
+            if args.torch_compile:  # as Accelerate does with the model
+                backend = args.torch_compile_backend or "inductor"
+                self._teacher.compile(backend=backend, mode=args.torch_compile_mode)
         require_same_vocabulary(self._teacher, model)
 
     def _follow(self, model: PreTrainedModel) -> None:
@@ -330,11 +333,11 @@ class QSparseTrainerMixin(_Trainer):
         adapters = {name for name, weight in model.named_parameters() if weight.requires_grad}
         if not hasattr(model, "peft_config"):
             adapters = set()
-        done: dict[int, Tensor] = {}  # weights with two names stay one
+        done: dict[tuple, Tensor] = {}  # weights with two names stay one
         state_dict = dict(model.state_dict() if state_dict is None else state_dict)
         for name, weight in state_dict.items():
             if weight.is_floating_point() and (not adapters or name in adapters):
-                state_dict[name] = done.setdefault(weight.data_ptr(), weight.to(dtype))
+                state_dict[name] = done.setdefault((weight.data_ptr(), weight.shape), weight.to(dtype))
         super()._save(output_dir, state_dict)
         config = Path(output_dir or cast(str, self.args.output_dir)) / "config.json"
         if self.args.should_save and not adapters:  # Transformers writes down the dtype of the model in memory
