@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -36,7 +37,7 @@ def train(arguments: argparse.Namespace) -> None:
     if trainer.is_world_process_zero():
         logged = {name: loss for entry in trainer.state.log_history for name, loss in entry.items()}
         losses = [f"{name} {logged[name]:.3f}" for name in ("loss", *eval_losses(logged)) if name in logged]
-        losses += [f"{name} {logged[name]:.3f}" for name in logged if name.startswith("control_eval_")]
+        losses += [f"{name} {logged[name]:.3f}" for name in logged if re.match("control_(?!initial)", name)]
         did = f"saved {trainer.args.output_dir}" if trainer.state.global_step else "evaluated before the first update"
         print(did, *losses, sep=", ")
 

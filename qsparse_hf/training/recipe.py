@@ -21,7 +21,7 @@ from ..conversion import DTYPES
 from ..errors import UserError, one_line, shortened
 from ..modeling.configuration_qsparse import QSPARSE_FIELDS
 from .arguments import QSparseArguments, QSparseTrainingArguments
-from .data import DataArguments
+from .data import DataArguments, texts_by_name
 
 STAGES = ("pretrain", "continue", "sft")
 
@@ -389,6 +389,8 @@ def parse(config: str, overrides: list[str]) -> Recipe:
             converted |= _field(fields[key], types[key], written)
         except ValueError as error:
             raise UserError(f"{where}: {key} {error}") from None
+    if metric := converted.get("metric_for_best_model"):
+        _check_metric(metric, converted.get("eval_data", []), values["metric_for_best_model"].where)
     try:
         recipe = Recipe(
             *(
@@ -398,18 +400,17 @@ def parse(config: str, overrides: list[str]) -> Recipe:
         )
     except UserError as error:
         raise UserError(f"{config}: {error}") from error
-    _check_metric(recipe, values["metric_for_best_model"].where if "metric_for_best_model" in values else config)
+    if metric := recipe.training.metric_for_best_model:  # Transformers' choice, where the recipe makes none
+        _check_metric(metric, recipe.data.eval_data, config)
     return recipe
 
 
-def _check_metric(recipe: Recipe, where: str) -> None:
+def _check_metric(metric: object, eval_data: Any, where: str) -> None:
     """What chooses the best model must be measured; a recipe's trainer is given no `compute_metrics`."""
-    metric = recipe.training.metric_for_best_model
-    measured = [
-        f"{name}_{metric}" if name else metric for name in recipe.data.eval_sources or [""] for metric in _METRICS
-    ]
-    measured += [f"eval_{metric}" for metric in measured]
-    if metric is not None and metric not in measured:
+    texts = texts_by_name(eval_data) or [""]
+    measured = [f"{name}_{each}" if name else each for name in texts for each in _METRICS]
+    measured += [f"eval_{each}" for each in measured]
+    if metric not in measured:
         raise UserError(
             f"{where}: metric_for_best_model must be one of {', '.join(measured)}, got {shortened(repr(metric))}"
         )

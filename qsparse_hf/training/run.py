@@ -111,6 +111,10 @@ def load_model(arguments: RunArguments, trained: str | None = None) -> PreTraine
 def train(config: str, overrides: list[str] | None = None) -> Trainer:
     """Run the training that a recipe describes; `output_dir` then holds the model, its tokenizer, metrics and curves.
 
+    With `control`, the dense twin is trained first, into `output_dir/control`. `max_steps=0` evaluates what the run and
+    its control would begin with, writes the losses as `initial_eval_loss` into `initial_results.json` and
+    `all_results.json`, and neither reads the training data nor saves a model.
+
     Args:
         config: the YAML file: fields of `RunArguments`, `DataArguments` and `QSparseTrainingArguments`, which for
             `stage: sft` are `QSparseSFTConfig`.

@@ -271,6 +271,9 @@ class QSparseTrainerMixin(_Trainer):
         """As in Transformers, at the configured sparsity even while the ramp climbs: what a checkpoint will run at."""
         if self.args.sparsity_ramp_steps:
             self.accelerator.unwrap_model(self.model).scale_sparsity(1)  # the next update sets it to the ramp's again
+        if self.is_fsdp_enabled and not self.accelerator._models:  # FSDP2 shards a model and its optimizer together
+            optimizer = torch.optim.SGD(self.model.parameters())
+            self.model = self.model_wrapped = self.accelerator.prepare(self.model, optimizer)[0]
         with self.heartbeat.stopwatch.paused():
             return super().evaluate(*args, **kwargs)
 
@@ -316,7 +319,8 @@ class QSparseTrainerMixin(_Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Transformers; under FSDP the folder always holds the whole model, whatever form the shards take."""
-        self._cast_to = None if _internal_call else self.args.save_dtype  # a checkpoint to go on from stays as it is
+        checkpoint = _internal_call and output_dir is not None  # stays as it is, to go on from
+        self._cast_to = None if checkpoint else self.args.save_dtype
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None or "FULL" in str(plugin.state_dict_type):
             super().save_model(output_dir, _internal_call)
