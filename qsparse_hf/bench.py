@@ -30,8 +30,8 @@ from transformers import (
 )
 from transformers.cache_utils import StaticLayer
 
+from .checkpoint import DTYPES
 from .configuration import check_config
-from .conversion import DTYPES
 from .decode.prepare import layer_groups, why_not_prepared
 from .decode.sparse_linear import sparse_linear
 from .errors import UserError, check_writable, user_errors

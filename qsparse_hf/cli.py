@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -34,13 +35,16 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    from .training.losses import eval_losses
     from .training.run import train
 
     trainer = train(arguments.config, arguments.overrides)
     if trainer.is_world_process_zero():
         logged = {name: loss for entry in trainer.state.log_history for name, loss in entry.items()}
-        losses = [f"{name} {logged[name]:.3f}" for name in ("loss", "eval_loss") if name in logged]
-        print(f"saved {trainer.args.output_dir}", *losses, sep=", ")
+        losses = [f"{name} {logged[name]:.3f}" for name in ("loss", *eval_losses(logged)) if name in logged]
+        losses += [f"{name} {logged[name]:.3f}" for name in logged if re.match("control_(?!initial)", name)]
+        did = f"saved {trainer.args.output_dir}" if trainer.state.global_step else "evaluated before the first update"
+        print(did, *losses, sep=", ")
 
 
 def report(arguments: argparse.Namespace) -> None:

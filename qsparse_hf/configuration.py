@@ -33,12 +33,13 @@ def check_config(source: str | Path, fields: Mapping[str, object] | None = None,
         if Path(source).is_dir() and not Path(source, "config.json").exists():
             if Path(source, "adapter_config.json").exists():
                 raise UserError(
-                    f"{source} holds adapters of another model; merge them into it first, with PEFT's merge_and_unload"
+                    f"{named or source} holds adapters of another model; merge them into it first, with PEFT's "
+                    "merge_and_unload"
                 )
             is_a_run = any(Path(source).glob("checkpoint-*"))
             hint = "; it is an unfinished run's, name one of the checkpoints in it" if is_a_run else ""
-            raise UserError(f"{source} holds no config.json{hint}")
-        check_fields(source, PreTrainedConfig.get_config_dict(source)[0] | dict(fields or {}))
+            raise UserError(f"{named or source} holds no config.json{hint}")
+        check_fields(named or source, PreTrainedConfig.get_config_dict(source)[0] | dict(fields or {}))
 
 
 def check_fields(source: object, config: Mapping[str, Any]) -> None:

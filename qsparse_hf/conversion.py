@@ -29,6 +29,7 @@ from transformers.dynamic_module_utils import custom_object_save, get_relative_i
 
 from .checkpoint import (
     CONFIG,
+    DTYPES,
     HEADER_DTYPES,
     INDEX,
     TOKENIZER_FILES,
@@ -47,8 +48,6 @@ from .registration import FAMILIES
 from .report import count_parameters
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What goes along unchanged: how to make tokens, how to generate, under which licence.
 _COMPANIONS = (

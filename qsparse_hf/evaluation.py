@@ -25,8 +25,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .checkpoint import DTYPES
 from .configuration import check_config
-from .conversion import DTYPES
 from .errors import UserError, check_writable, user_errors
 from .measure import print_table, write_json
 from .report import SparsityReport, counting, evaluating, projections, token_losses

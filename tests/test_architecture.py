@@ -18,7 +18,7 @@ ORDER = [
     {"registration"},
     {"__init__"},
     {"configuration", "checkpoint"},
-    {"measure", "report", "sources", "tasks", "training.arguments", "training.distillation"}
+    {"measure", "report", "sources", "tasks", "training.arguments", "training.distillation", "training.losses"}
     | {"training.sharding", "training.throughput"},
     {"gguf_file", "training.data", "training.faults", "training.schedule", "training.training_report"},
     {"conversion"},
@@ -26,6 +26,7 @@ ORDER = [
     {"comparison", "training.trainer"},
     {"training.__init__", "training.sft"},
     {"training.recipe"},
+    {"training.control"},
     {"training.run"},
     {"quickstart"},
     {"cli"},

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, make, sparse_config
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Qwen2Config, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, get_scheduler
 
 from qsparse_hf.errors import UserError
 from qsparse_hf.registration import FAMILIES
@@ -31,6 +31,11 @@ MIXTURE = [
     (*ORCA[:2], 0.71),
     ("meta-math/MetaMathQA", {"prompt": "query", "completion": "response"}, 0.29),
 ]
+DOMAINS = [
+    ("HuggingFaceTB/smollm-corpus", TEXT, 0.6),
+    ("codeparrot/codeparrot-clean", {"text": "content"}, 0.4),
+]
+CHATS = {"messages": "messages"}
 EXPECTED = {
     "pretrain_300m": (2**19, 95_368, 6.0e-4, 6.0e-5, 0.1, 1, SLIM),
     "pretrain_700m": (2**19, 95_368, 2.5e-4, 2.5e-5, 0.1, 1, SLIM),
@@ -42,6 +47,8 @@ EXPECTED = {
     "sft_qwen1.5_7b": SFT,
     "sft_qwen2_7b_released": (128 * 4096, None, 2e-5, 0, 0, 1, MIXTURE),
     "sft_mistral_7b_lora": (128 * 2048, None, 2e-4, 0, 0, 1, [ORCA]),
+    "continue_smollm2_135m": (64 * 1024, 3000, 3e-4, 0, 0.01, 1, DOMAINS),
+    "sft_smollm2_135m": (64 * 1024, 2000, 3e-4, 0, 0, 1, [("HuggingFaceTB/smol-smoltalk", CHATS, None)]),
     "pretrain_tiny": (8 * 256, 200, 3e-3, 0, 0.1, 1, [("quickstart/train.jsonl", TEXT, None)]),
     "continue_tiny": (8 * 256, 100, 1e-3, 0, 0.1, 1, [("quickstart/train.jsonl", TEXT, None)]),
     "sft_tiny": (8 * 256, 60, 1e-3, 0, 0, 1, [("quickstart/questions.jsonl", PAIRS, None)]),
@@ -100,6 +107,15 @@ def test_a_model_has_the_shape_of_its_name(size):
 
 
 DENSE = {
+    "runs/smollm2_135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
     "runs/mistral_7b": MistralConfig(),  # its defaults are Mistral 7B's
     "runs/qwen1.5_7b": Qwen2Config(intermediate_size=11008, num_key_value_heads=32),
     "runs/qwen2_7b": Qwen2Config(
@@ -115,7 +131,7 @@ DENSE = {
 
 def test_the_models_that_are_continued_are_named_and_fit(recipe):
     name, (run, data, _) = recipe
-    if run.stage == "pretrain" or "tiny" in name:
+    if run.stage == "pretrain" or "tiny" in name or run.model == "runs/continue_smollm2_135m":
         pytest.skip("nothing is converted")
     dense = DENSE[run.model]
     text = (FOLDER / f"{name}.yaml").read_text()
@@ -126,7 +142,8 @@ def test_the_models_that_are_continued_are_named_and_fit(recipe):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(sparse)
     total, activated = count_parameters(model)
-    assert 6e9 < total < 7.3e9
+    least, most = (1.0e8, 1.4e8) if "135m" in name else (6e9, 7.3e9)
+    assert least < total < most
     assert activated == pytest.approx(total / 2, rel=1e-3)
     assert data.sequence_length <= dense.max_position_embeddings
     if run.lora:
@@ -238,6 +255,24 @@ def test_every_metric_that_may_choose_the_best_is_measured(tiny_checkpoint, tmp_
         assert train(str(tmp_path / "run.yaml"), overrides).state.best_metric > 0
 
 
+def test_evaluation_texts_may_have_names(written):
+    lines = "eval_data: {english: a.txt, python: [b, {files: c, take: 5}]}\nload_best_model_at_end: true\n"
+    lines += "eval_strategy: steps\nmetric_for_best_model: "
+    data = written(lines + "eval_python_loss\n").data
+    assert {name: [str(source) for source in sources] for name, sources in data.eval_sources.items()} == {
+        "english": ["a.txt"],
+        "python": ["b", "c"],
+    }
+    assert data.eval_sources["python"][1].take == 5
+    assert [*written("eval_data: {files: a.txt, skip: 1}\n").data.eval_sources] == [""]
+    assert written("eval_data: {}\n").data.eval_sources == {}
+    for nothing in ("loss", "null", "eval_german_loss"):
+        with pytest.raises(
+            UserError, match=r"metric_for_best_model must be one of english_loss, .*, eval_python_loss,"
+        ):
+            written(lines + nothing + "\n")
+
+
 def test_anchors_and_merges_work_at_the_top_too(written):
     lines = (
         "<<: &base {seed: 3, learning_rate: 1e-4}\nseed: 5\nmodel_fields: &fields {a: 1}\nlora: {<<: *fields, r: 2}\n"
@@ -339,7 +374,7 @@ def test_mistakes_name_their_line_and_key(written, lines, said):
         ("dtype=", "dtype is empty text"),
         ("lr_scheduler_type=", "lr_scheduler_type cannot be empty; leave it out for its default"),
         ("seed=", "seed cannot be empty; leave it out for its default, 42"),
-        ("eval_data=", "eval_data must be a list of text, got ''"),
+        ("eval_data=", "eval_data must be a list of text or a mapping, got ''"),
     ],
 )
 def test_mistakes_in_overrides_name_them(written, override, said):

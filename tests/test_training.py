@@ -15,7 +15,8 @@ import yaml
 from accelerate.utils.memory import release_memory
 from conftest import REPOSITORY, TINY, assert_close, dense_config, make, run_python, sparse_config
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     AutoModelForCausalLM,
@@ -486,7 +487,7 @@ def test_quickstart_in_small(tmp_path, monkeypatch, capfd):
         (["tokenizer=nowhere/tok"], "nowhere/tok: is no file or folder here, and the Hub did not give it: "),
         (["distill_weight=2"], "distill_weight must be above 0 and at most 1, got 2"),
         (["model_fields={sparsity: 2}"], "sparsity must be .*got 2"),
-        (["max_steps=0"], "max_steps must be at least 1, or -1"),
+        (["max_steps=0", "eval_data=[]"], "max_steps=0 evaluates alone and needs eval_data"),
         (["save_steps=0"], "save_steps must be at least"),
         (["max_grad_norm=-1"], "max_grad_norm must be at least 0, got -1"),
         (["seed=-1"], "seed must be at least 0, got -1"),
@@ -538,6 +539,62 @@ def test_bad_yaml_is_one_line(tmp_path, capsys, content):
     said = capsys.readouterr().err
     assert said.startswith(f"qsparse: error: {tmp_path / 'run.yaml'}")
     assert len(said.splitlines()) == 1
+
+
+def test_growth_is_said_and_files_may_be_smaller(run_config, tiny_checkpoint, tmp_path, caplog):
+    """A checkpoint in bf16, trained in fp32: weights of 2 bytes become 4, and 12 with the optimizer's state."""
+    small = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.bfloat16)
+    weights = sum(weight.numel() for weight in small.parameters())
+    small.save_pretrained(tmp_path / "small")
+    options = [f"model={tmp_path / 'small'}", f"tokenizer={tiny_checkpoint}", "max_steps=6", "save_steps=6"]
+    grown = f"holds bfloat16 weights, {2e-9 * weights:.2f} GB; the trained model will take"
+    train(str(run_config), [f"output_dir={tmp_path / 'as-is'}", *options])
+    assert grown in caplog.text
+    caplog.clear()
+    train(str(run_config), [f"output_dir={tmp_path / 'cast'}", *options, "save_dtype=bfloat16"])
+    assert grown not in caplog.text
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "cast", dtype="auto").dtype == torch.bfloat16
+    expected, cast = (load_file(tmp_path / run / "model.safetensors") for run in ("as-is", "cast"))
+    assert expected.keys() == cast.keys()
+    assert all(torch.equal(cast[name], expected[name].bfloat16()) for name in cast)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "cast" / "checkpoint-6", dtype="auto")
+    assert whole.dtype == torch.float32
+
+    train(str(run_config), [f"output_dir={tmp_path / 'lora'}", *options, "save_dtype=bfloat16", "lora={r: 2}"])
+    adapters = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {weight.dtype for weight in adapters.values()} == {torch.bfloat16}
+
+
+def test_adapters_name_their_base_from_anywhere(run_config, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_checkpoint.parent)
+    options = ["model=checkpoint", "max_steps=6", "save_strategy=no", "lora={r: 2}"]
+    train(str(run_config), [f"output_dir={tmp_path}", *options])
+    monkeypatch.chdir("/")
+    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path).base_model.model.config.sparsity == 0.5
+
+
+def test_speed_leaves_out_evaluations_of_several_texts(run_config, tmp_path):
+    held_out = yaml.safe_load(run_config.read_text())["eval_data"]
+    texts = json.dumps({"first": held_out, "second": held_out})
+    options = [f"eval_data={texts}", "eval_strategy=steps", "eval_steps=1", "save_strategy=no"]
+    history = train(str(run_config), [f"output_dir={tmp_path}", *options]).state.log_history
+    assert all(entry["tokens_per_second"] > 0 for entry in history if "loss" in entry)
+    initial = {name: value for entry in history for name, value in entry.items() if name.startswith("initial")}
+    assert initial == {f"initial_eval_{name}_loss": history[0]["eval_first_loss"] for name in ("first", "second")}
+
+
+def test_a_resumed_run_has_one_initial_loss(run_config, tmp_path):
+    for updates, resume in ((6, "null"), (8, "last")):
+        options = [f"output_dir={tmp_path}", f"max_steps={updates}", f"resume_from_checkpoint={resume}"]
+        history = train(str(run_config), options).state.log_history
+    assert ["initial_eval_loss" in entry for entry in history].count(True) == 1
+    assert json.loads((tmp_path / "all_results.json").read_text())["initial_eval_loss"] == history[0]["eval_loss"]
+
+
+def test_a_trainer_without_updates_says_so(tmp_path):
+    trainer = QSparseTrainer(make(sparse_config("llama")), small_run(tmp_path, max_steps=0), train_dataset=ROWS)
+    with pytest.raises(UserError, match=r"max_steps=0 trains nothing: call evaluate\(\) instead"):
+        trainer.train()
 
 
 def test_a_run_leaves_tensorboard_and_a_page_with_its_curves(run_config, tmp_path):
@@ -616,7 +673,12 @@ def test_forward_kl_by_hand():
 def test_distillation_learns_the_parent(run_config, tmp_path, tiny_checkpoint):
     """From other weights, on divergence alone: the student comes nearer; the sum of both losses is as said."""
     make(dense_config("llama"), seed=1).save_pretrained(tmp_path / "parent")
-    options = [f"distill_from={tmp_path / 'parent'}", "sparsity_ramp_steps=0", "save_strategy=no"]
+    options = [
+        f"distill_from={tmp_path / 'parent'}",
+        "sparsity_ramp_steps=0",
+        "save_strategy=no",
+        "eval_on_start=false",
+    ]
 
     def history(*more: str) -> list[dict]:
         trainer = train(str(run_config), [f"output_dir={tmp_path / 'out'}", *options, *more])

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainingArguments
 
-from ..errors import UserError
+from ..checkpoint import DTYPES
+from ..errors import UserError, shortened
 
 if TYPE_CHECKING:  # what the mixin is mixed into, or a class built on it
     _Arguments = TrainingArguments
@@ -48,6 +49,17 @@ class QSparseArguments(_Arguments):
     distill_weight: float = field(
         default=0.5, metadata={"help": "w in loss = (1 - w) * cross entropy + w * KL(parent || model)."}
     )
+    eval_on_start: bool | None = field(  # type: ignore[assignment]  # Transformers' has no third value
+        default=None,
+        metadata={"help": "Evaluate before the first update; a recipe's default is true for stage continue."},
+    )
+    save_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of the trained model's files: float32, bfloat16 or float16; default: as it is trained. "
+            "Checkpoints to go on from stay as they are."
+        },
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036, the command-line parser wants None first
         default="tensorboard", metadata={"help": "Where logs go: tensorboard, wandb and so on, or none."}
     )
@@ -69,8 +81,8 @@ class QSparseArguments(_Arguments):
         ):
             if not getattr(self, name) >= least:  # NaN is not either
                 raise UserError(f"{name} must be at least {least:g}, got {getattr(self, name)}")
-        if self.max_steps == 0:
-            raise UserError("max_steps must be at least 1, or -1 to go by num_train_epochs, got 0")
+        if self.save_dtype is not None and self.save_dtype not in DTYPES:
+            raise UserError(f"save_dtype must be one of {', '.join(DTYPES)}, got {shortened(repr(self.save_dtype))}")
         for setting, switch in _SETTINGS.items():
             if getattr(self, setting) and not getattr(self, switch):
                 raise UserError(f"{setting} sets nothing without {switch}; give {switch} too, or leave {setting} out")

@@ -7,11 +7,12 @@ last, incomplete one is dropped. Position ids restart with every document, which
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -40,7 +41,10 @@ class DataArguments:
         default_factory=list,
         metadata={"help": "Sources: paths, folders, globs, or {dataset: ..., columns: ..., probability: ...}."},
     )
-    eval_data: list[str] = field(default_factory=list, metadata={"help": "The same for evaluation."})
+    eval_data: list[str] | dict[str, Any] = field(
+        default_factory=list,
+        metadata={"help": "The same for evaluation; or {name: sources}, for texts whose losses are logged by name."},
+    )
     sequence_length: int = field(default=2048, metadata={"help": "Tokens in a sequence."})
     streaming: bool = field(
         default=False, metadata={"help": "Read and pack the training data while training, instead of before, on disk."}
@@ -57,14 +61,13 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("train_data", "eval_data"):
-            value = getattr(self, name)
-            if not isinstance(value, list) or not all(isinstance(source, str) for source in value):
-                raise UserError(f"{name} must be a list of data sources, each as text, got {value!r}")
         if not self.train_data:
             raise UserError("train_data must name what to train on")
-        self.train_sources = [Source.parse(source) for source in self.train_data]
-        self.eval_sources = [Source.parse(source) for source in self.eval_data]
+        self.train_sources = _parse_sources("train_data", self.train_data)
+        self.eval_sources = {
+            name: _parse_sources(f"eval_data: {name}" if name else "eval_data", sources)
+            for name, sources in texts_by_name(self.eval_data).items()
+        }
         for name, least in (("sequence_length", 2), ("shuffle_window", 1)):
             value = getattr(self, name)
             check_whole(name, value)
@@ -75,6 +78,29 @@ class DataArguments:
                 raise UserError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.on_bad_row not in ("error", "skip"):
             raise UserError(f"on_bad_row must be error or skip, got {shortened(repr(self.on_bad_row))}")
+
+
+def texts_by_name(eval_data: list[str] | dict[str, Any]) -> dict[str, Any]:
+    """The sources of each evaluation text by its name, which is empty where there is a single text without one.
+
+    Raises:
+        UserError: a name that cannot be part of a metric's.
+    """
+    if not isinstance(eval_data, dict):
+        return {"": eval_data} if eval_data else {}
+    if eval_data.keys() & {"files", "dataset"}:  # a source
+        return {"": [eval_data]}
+    for name in eval_data:
+        if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+            raise UserError(f"eval_data names texts by letters, digits and _, got {shortened(repr(name))}")
+    return {name: sources if isinstance(sources, list) else [sources] for name, sources in eval_data.items()}
+
+
+def _parse_sources(field_name: str, written: Any) -> list[Source]:
+    sources = [json.dumps(source) if isinstance(source, dict) else source for source in written]
+    if not isinstance(written, list) or not sources or not all(isinstance(source, str) for source in sources):
+        raise UserError(f"{field_name} must be a list of data sources, each as text, got {written!r}")
+    return [Source.parse(source) for source in sources]
 
 
 class Packed(NamedTuple):

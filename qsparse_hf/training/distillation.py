@@ -60,14 +60,17 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -
     Returns:
         A scalar in fp32.
     """
-    predicted = labels[:, 1:] != -100
-    student, teacher = student_logits[:, :-1][predicted], teacher_logits[:, :-1][predicted]  # [tokens, V]
-    total = student.new_zeros((), dtype=torch.float32)
-    for ours, theirs in zip(student.split(_CHUNK), teacher.split(_CHUNK), strict=True):
-        total = total + checkpoint(_chunk_kl, ours, theirs, use_reentrant=False)
+    left_out = F.pad(labels[:, 1:], (0, 1), value=-100).flatten() == -100
+    chunks = (
+        part.flatten(0, -2).split(_CHUNK) for part in (student_logits, teacher_logits, left_out[:, None])
+    )  # views
+    total = student_logits.new_zeros((), dtype=torch.float32)
+    for chunk in zip(*chunks, strict=True):
+        total = total + checkpoint(_chunk_kl, *chunk, use_reentrant=False)
     return total
 
 
-def _chunk_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    log_p, log_q = F.log_softmax(teacher.float(), dim=-1), F.log_softmax(student.float(), dim=-1)
+def _chunk_kl(student: Tensor, teacher: Tensor, left_out: Tensor) -> Tensor:
+    # Equal logits, and finite ones whatever padding gives, diverge by 0 and have no gradient.
+    log_p, log_q = (F.log_softmax(logits.masked_fill(left_out, 0).float(), dim=-1) for logits in (teacher, student))
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True)

@@ -17,11 +17,11 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 import yaml
 
-from ..conversion import DTYPES
+from ..checkpoint import DTYPES
 from ..errors import UserError, one_line, shortened
 from ..modeling.configuration_qsparse import QSPARSE_FIELDS
 from .arguments import QSparseArguments, QSparseTrainingArguments
-from .data import DataArguments
+from .data import DataArguments, texts_by_name
 
 STAGES = ("pretrain", "continue", "sft")
 
@@ -53,6 +53,13 @@ class RunArguments:
     lora: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "Train adapters: fields of PEFT's LoraConfig, {r: 16, target_modules: all-linear} say."},
+    )
+
+    control: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the dense twin first, on the same rows with the same settings, into OUTPUT_DIR/control."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -325,14 +332,13 @@ _RANGES: dict[str, tuple[float, float]] = {
         (1, sys.maxsize),
     ),
 }
-# What an evaluation measures: a recipe's trainer is given no `compute_metrics`.
+# What an evaluation measures of every text.
 _METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
 # What a text may be, where any is taken and a wrong one stops late or does nothing; beside the `choices` that a field's
 # metadata names for the command line of Transformers, which alone holds to them.
 _CHOICES: dict[str, Collection[object]] = {
     "include_num_input_tokens_seen": (True, False, "all", "non_padding", "no"),
     "loss_type": ("nll", "dft"),
-    "metric_for_best_model": (*_METRICS, *(f"eval_{metric}" for metric in _METRICS)),
 }
 
 
@@ -383,8 +389,10 @@ def parse(config: str, overrides: list[str]) -> Recipe:
             converted |= _field(fields[key], types[key], written)
         except ValueError as error:
             raise UserError(f"{where}: {key} {error}") from None
+    if metric := converted.get("metric_for_best_model"):
+        _check_metric(metric, converted.get("eval_data", []), values["metric_for_best_model"].where)
     try:
-        return Recipe(
+        recipe = Recipe(
             *(
                 _build(kind, {name: converted[name] for name in converted if name in _field_names(kind)})
                 for kind in kinds
@@ -392,6 +400,20 @@ def parse(config: str, overrides: list[str]) -> Recipe:
         )
     except UserError as error:
         raise UserError(f"{config}: {error}") from error
+    if metric := recipe.training.metric_for_best_model:  # Transformers' choice, where the recipe makes none
+        _check_metric(metric, recipe.data.eval_data, config)
+    return recipe
+
+
+def _check_metric(metric: object, eval_data: Any, where: str) -> None:
+    """What chooses the best model must be measured; a recipe's trainer is given no `compute_metrics`."""
+    texts = texts_by_name(eval_data) or [""]
+    measured = [f"{name}_{each}" if name else each for name in texts for each in _METRICS]
+    measured += [f"eval_{each}" for each in measured]
+    if metric not in measured:
+        raise UserError(
+            f"{where}: metric_for_best_model must be one of {', '.join(measured)}, got {shortened(repr(metric))}"
+        )
 
 
 def _build(kind: type, arguments: dict[str, Any]) -> Any:

@@ -1,6 +1,8 @@
 """One recipe is one run: from scratch, continuing a checkpoint, or fine-tuning one."""
 
+import gc
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -23,16 +25,20 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import ProgressCallback
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from ..checkpoint import load_tokenizer
+from ..checkpoint import DTYPES, load_tokenizer
 from ..configuration import check_config
-from ..errors import Interrupted, UserError, check_source, check_writable, one_line, user_errors
+from ..errors import Interrupted, UserError, check_writable, one_line, user_errors
 from ..modeling.backend import choose
 from ..modeling.sparsify import IMPLS
+from ..sources import Source
 from .arguments import QSparseArguments
-from .data import collate_packed, pack_on_disk
+from .control import FOLDER, overrides_of_control, read_control, write_control
+from .data import DataArguments, collate_packed, pack_on_disk
 from .faults import complete_checkpoints
+from .losses import compare, eval_losses
 from .recipe import BOOLEANS, Recipe, RunArguments, parse
 from .streaming import PackedStream
 from .trainer import QSparseTrainer, QSparseTrainerMixin
@@ -44,11 +50,15 @@ logger = logging.get_logger(__name__)
 class _ProgressBar(ProgressCallback):
     """The progress bar with the latest figures on it, where the default prints every log entry in full."""
 
-    _SHOWN = ("loss", "eval_loss", "sparsity/all")
-
-    def __init__(self) -> None:
+    def __init__(self, title: str) -> None:
         super().__init__()
+        self._title = title
         self._shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self._title)
 
     def close(self) -> None:
         """Leave the line to what is said next; an error in training would otherwise be said behind the bar."""
@@ -58,7 +68,8 @@ class _ProgressBar(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.training_bar is not None:
-            self._shown |= {name: f"{logs[name]:.3f}" for name in self._SHOWN if name in logs}
+            shown = ("loss", *eval_losses(logs), "sparsity/all")
+            self._shown |= {name: f"{logs[name]:.3f}" for name in shown if name in logs}
             if "tokens_per_second" in logs:
                 self._shown["tokens/s"] = f"{logs['tokens_per_second']:,.0f}"
             self.training_bar.set_postfix(self._shown)
@@ -90,12 +101,18 @@ def load_model(arguments: RunArguments, trained: str | None = None) -> PreTraine
         return model
     if trained:
         return PeftModel.from_pretrained(model, trained, is_trainable=True)
+    if Path(source).is_dir():  # adapters name their base, and are loaded from other places
+        model.name_or_path = str(Path(source).resolve())
     with user_errors("lora"):
         return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM"} | arguments.lora))
 
 
 def train(config: str, overrides: list[str] | None = None) -> Trainer:
     """Run the training that a recipe describes; `output_dir` then holds the model, its tokenizer, metrics and curves.
+
+    With `control`, the dense twin is trained first, into `output_dir/control`. `max_steps=0` evaluates what the run and
+    its control would begin with, writes the losses as `initial_eval_loss` into `initial_results.json` and
+    `all_results.json`, and neither reads the training data nor saves a model.
 
     Args:
         config: the YAML file: fields of `RunArguments`, `DataArguments` and `QSparseTrainingArguments`, which for
@@ -107,17 +124,44 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
             finite or a checkpoint that cannot be written, while it runs.
         Interrupted: SIGTERM or Ctrl-C came; a checkpoint was saved.
     """
-    recipe = parse(config, overrides or [])
-    arguments = recipe.training
+    overrides = overrides or []
+    recipe = parse(config, overrides)
     _check(recipe)
-    resume = _checkpoint_to_resume(arguments)
+    resume = _checkpoint_to_resume(recipe.training)
+    check_config(recipe.run.source, recipe.run.model_fields)
+    history = _train_control(parse(config, [*overrides, *overrides_of_control(recipe)])) if recipe.run.control else []
+    return _run(recipe, resume, history, name=Path(config).name)
+
+
+def _train_control(control: Recipe) -> list[dict[str, float]]:
+    """Train a control, unless that has been done, and leave nothing of it in memory but its log."""
+    _check(control)
+    history = read_control(control) if control.training.max_steps else None
+    if history is not None:
+        logger.warning(f"{control.training.output_dir} holds the dense control, which is not trained again")
+        return history
+    trainer = _run(control, _checkpoint_to_resume(control.training), [], name=FOLDER)
+    history = trainer.state.log_history
+    if control.training.max_steps and trainer.is_world_process_zero():
+        write_control(control, history)
+    trainer.accelerator.free_memory()
+    del trainer
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return history
+
+
+def _run(recipe: Recipe, resume: str | None, control: list[dict[str, float]], name: str) -> QSparseTrainerMixin:
+    """Train what a recipe says and write all that a run leaves, its losses beside those of its dense control."""
+    arguments = recipe.training
+    if arguments.eval_on_start is None:
+        arguments.eval_on_start = recipe.run.stage == "continue" and bool(recipe.data.eval_sources)
     set_seed(arguments.seed)
     if arguments.device.type == "cpu":
         arguments.dataloader_pin_memory = False  # it only warns there
 
-    check_config(recipe.run.source, recipe.run.model_fields)
-    if arguments.distill_from is not None:
-        check_source(arguments.distill_from, f"distill_from: {arguments.distill_from}")
     tokenizer = load_tokenizer(recipe.run.tokenizer or recipe.run.source)
     finished = _finished(resume, arguments)
     model = load_model(recipe.run, resume if finished else None)
@@ -128,19 +172,27 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
             f"got {recipe.data.sequence_length}"
         )
     build = _fine_tuner if recipe.run.stage == "sft" else _language_modeller
-    with user_errors(Path(config).name):
+    with user_errors(name):
         trainer = build(recipe, model, tokenizer)
+    trainer.control_history = control
     trainer.facts |= {
         "train_data": recipe.data.train_data,
         "sequence_length": recipe.data.sequence_length,
         "lora": recipe.run.lora,
     }
-    if finished:
-        trainer.state = finished
+    if finished or arguments.max_steps == 0:
         for callback in get_reporting_integration_callbacks(arguments.report_to):  # they log what is trained
             trainer.remove_callback(callback)
+    if arguments.max_steps == 0:
+        trainer.evaluate()
+        _save_losses(trainer, control)
+        return trainer
+    if finished:
+        trainer.state = finished
     else:
-        _train(trainer, resume)
+        if trainer.is_world_process_zero() and recipe.run.model and not recipe.run.lora:
+            _say_growth(recipe.run.model, model, arguments)
+        _train(trainer, resume, Path(name).stem)
     try:
         trainer.save_model()
         trainer.save_state()
@@ -151,9 +203,38 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
         ) from error
     if trainer.eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
+    _save_losses(trainer, control)
     if trainer.is_world_process_zero():
-        write_training_report(trainer.state, _output_dir(arguments), title=Path(config).stem)
+        write_training_report(trainer.state, _output_dir(arguments), title=Path(name).stem)
     return trainer
+
+
+def _say_growth(source: str, model: nn.Module, arguments: QSparseArguments) -> None:
+    """Say how large the run's files are where the trained model will take more room than the one it came from."""
+    with user_errors(source):
+        came_as = AutoConfig.from_pretrained(source).dtype
+    trained_as = next(model.parameters()).dtype
+    saved_as = DTYPES[arguments.save_dtype] if arguments.save_dtype else trained_as
+    if came_as is None or saved_as.itemsize <= came_as.itemsize:
+        return
+    weights = sum(weight.numel() for weight in model.parameters()) / 1e9
+    before, after, name = weights * came_as.itemsize, weights * saved_as.itemsize, str(came_as).removeprefix("torch.")
+    state = ""
+    if arguments.optim in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):  # two moments of every weight
+        state = f", every checkpoint {3 * weights * trained_as.itemsize:.2f} GB with the optimizer's state"
+    logger.warning(
+        f"{source} holds {name} weights, {before:.2f} GB; the trained model will take {after:.2f} GB in "
+        f"{str(saved_as).removeprefix('torch.')}{state}. save_dtype={name} writes the model in {before:.2f} GB again"
+    )
+
+
+def _save_losses(trainer: QSparseTrainerMixin, control: list[dict[str, float]]) -> None:
+    """Write the losses before the first update and those of the control, also into `all_results.json`."""
+    history = trainer.state.log_history
+    if initial := {name: entry[name] for entry in history for name in entry if name.startswith("initial_")}:
+        trainer.save_metrics("initial", initial)
+    if control:
+        trainer.save_metrics("control", compare(history, control))
 
 
 def _language_modeller(
@@ -161,12 +242,15 @@ def _language_modeller(
 ) -> QSparseTrainer:
     data, arguments = recipe.data, recipe.training
     with arguments.main_process_first(desc="preparing data"):
-        evaluated = pack_on_disk(data.eval_sources, tokenizer, data, arguments.seed) if data.eval_sources else None
-        if data.streaming:
+        evaluated = _each_text(data, lambda sources: pack_on_disk(sources, tokenizer, data, arguments.seed))
+        trained: Dataset | PackedStream | None = None
+        if arguments.max_steps == 0:
+            pass
+        elif data.streaming:
             trained = PackedStream(data.train_sources, tokenizer, data, arguments.seed)
         else:
-            trained = pack_on_disk(data.train_sources, tokenizer, data, arguments.seed)
-            trained = _whole_updates(trained, arguments, data.repeat_data)
+            rows = pack_on_disk(data.train_sources, tokenizer, data, arguments.seed)
+            trained = _whole_updates(rows, arguments, data.repeat_data)
     return QSparseTrainer(
         model=model,
         args=arguments,
@@ -175,6 +259,12 @@ def _language_modeller(
         data_collator=collate_packed,
         processing_class=tokenizer,
     )
+
+
+def _each_text(data: DataArguments, read: Callable[[list[Source]], Dataset]) -> Dataset | dict[str, Dataset] | None:
+    """The evaluation texts, as the Trainer takes them: one, several by name, or none."""
+    texts = {name: read(sources) for name, sources in data.eval_sources.items()}
+    return texts.get("", texts) or None
 
 
 def _fine_tuner(
@@ -189,12 +279,15 @@ def _fine_tuner(
     prepare_tokenizer(tokenizer, arguments)
     with arguments.main_process_first(desc="preparing data"):
         trained = read_examples(data.train_sources, tokenizer, data, arguments)
-        evaluated = read_examples(data.eval_sources, tokenizer, data, arguments) if data.eval_sources else None
+        evaluated = _each_text(data, lambda sources: read_examples(sources, tokenizer, data, arguments))
         if arguments.padding_free and not arguments.packing:  # TRL cuts nothing then, and wants no length named
             arguments.max_length = None
             mode = arguments.truncation_mode
             trained = learnable(truncated(trained, data.sequence_length, mode))
-            evaluated = truncated(evaluated, data.sequence_length, mode) if evaluated is not None else None
+            if isinstance(evaluated, dict):
+                evaluated = {name: truncated(rows, data.sequence_length, mode) for name, rows in evaluated.items()}
+            elif evaluated is not None:
+                evaluated = truncated(evaluated, data.sequence_length, mode)
         else:
             arguments.max_length = data.sequence_length
     arguments.assistant_only_loss = None  # the labels are there
@@ -218,9 +311,17 @@ def _check(recipe: Recipe) -> None:
             f"one process sees {recipe.training.n_gpu} GPUs; start one for each with accelerate launch or torchrun, "
             "or show it a single one with CUDA_VISIBLE_DEVICES"
         )
-    if recipe.data.streaming and recipe.training.max_steps < 1:
-        raise UserError("a stream has no known length: set max_steps to the number of updates")
     arguments = recipe.training
+    if recipe.data.streaming and arguments.max_steps < 0:
+        raise UserError("a stream has no known length: set max_steps to the number of updates")
+    for name, asks in (
+        ("max_steps=0 evaluates alone and", arguments.max_steps == 0),
+        ("eval_on_start", arguments.eval_on_start),
+    ):
+        if asks and not recipe.data.eval_sources:
+            raise UserError(f"{name} needs eval_data")
+    if arguments.distill_from is not None:
+        check_config(arguments.distill_from, named=f"distill_from: {arguments.distill_from}")
     try:
         choose(IMPLS, [torch.empty(1, device=arguments.device)], None)  # QSPARSE_BACKEND may name what cannot run
     except ValueError as error:
@@ -254,6 +355,8 @@ def _output_dir(arguments: TrainingArguments) -> Path:
 
 
 def _checkpoint_to_resume(arguments: QSparseArguments) -> str | None:
+    if arguments.max_steps == 0:
+        return None
     complete = complete_checkpoints(_output_dir(arguments))
     checkpoint = arguments.resume_from_checkpoint
     asked = BOOLEANS.get((checkpoint or "").lower())
@@ -308,10 +411,10 @@ def _finished(checkpoint: str | None, arguments: QSparseArguments) -> TrainerSta
     return state if state.global_step == planned else None
 
 
-def _train(trainer: QSparseTrainerMixin, resume: str | None) -> None:
+def _train(trainer: QSparseTrainerMixin, resume: str | None, title: str) -> None:
     bar = None
     if not trainer.args.disable_tqdm:
-        bar = _ProgressBar()
+        bar = _ProgressBar(title)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(bar)
     try:

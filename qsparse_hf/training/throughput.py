@@ -131,6 +131,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.tokens = 0
         self._began = time.perf_counter()
+        self._is_paused = False
 
     def lap(self) -> float:
         """Tokens a second since the last lap, pauses left out."""
@@ -141,9 +142,13 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training: evaluation and saving."""
-        began = time.perf_counter()
+        """Around what is not training: evaluation and saving; a pause within a pause counts once."""
+        if self._is_paused:  # an evaluation of several texts is one of evaluations
+            yield
+            return
+        began, self._is_paused = time.perf_counter(), True
         try:
             yield
         finally:
+            self._is_paused = False
             self._began += time.perf_counter() - began

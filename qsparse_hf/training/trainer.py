@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,13 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
+from ..checkpoint import DTYPES
 from ..errors import UserError
 from ..report import projections, sparsity_report
 from .arguments import QSparseArguments, QSparseTrainingArguments
 from .distillation import forward_kl, load_teacher, require_same_vocabulary
 from .faults import Heartbeat, checkpoint_facts, whole_checkpoint
+from .losses import eval_losses, losses
 from .schedule import SparsityRamp
 from .sharding import has_shards, load_sharded_optimizer, without_shards
 from .streaming import PackedStream, StreamProgress
@@ -58,7 +60,12 @@ class QSparseTrainerMixin(_Trainer):
     - `distill_kl` and `cross_entropy`, the parts of the loss where there is a parent to learn from, in nats a token;
     - `rows_skipped` of a stream that skips bad rows, as far as it has been read ahead.
 
+    Speed and `mfu` are of whole updates: a parent's forward takes part of their time, and counts for no FLOPs. What is
+    evaluated before the first update is logged as `initial_eval_loss` too.
+
     Attributes:
+        control_history: `log_history` of a dense control; its losses are logged beside the run's of the same update, as
+            `control_loss` and so on.
         facts: what a checkpoint must agree on for a run to go on from it, beside the model, the seed and the rows of an
             update; add to it before `train`.
     """
@@ -87,6 +94,8 @@ class QSparseTrainerMixin(_Trainer):
                 f"got {args.dataloader_num_workers}"
             )
         self.facts: dict[str, object] = {}
+        self._cast_to: str | None = None
+        self.control_history: list[dict[str, float]] = []
         self._teacher: PreTrainedModel | None = None
         if model is not None and not isinstance(model, str):
             self._find_teacher(model, args)  # before anything is written
@@ -117,6 +126,9 @@ class QSparseTrainerMixin(_Trainer):
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         if self._teacher is None or self._teacher.dtype != dtype:
             self._teacher = load_teacher(args.distill_from, dtype, args.device)
+            if args.torch_compile:  # as Accelerate does with the model
+                backend = args.torch_compile_backend or "inductor"
+                self._teacher.compile(backend=backend, mode=args.torch_compile_mode)
         require_same_vocabulary(self._teacher, model)
 
     def _follow(self, model: PreTrainedModel) -> None:
@@ -154,11 +166,14 @@ class QSparseTrainerMixin(_Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As in Transformers. SIGTERM or SIGINT saves a checkpoint and ends it; `heartbeat.stopped_by` says so."""
+        if self.args.max_steps == 0:
+            raise UserError("max_steps=0 trains nothing: call evaluate() instead, or set it to -1 to go by epochs")
         folder = resume_from_checkpoint or None
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             self._check_checkpoint(folder)
+            self.args.eval_on_start = False  # the run has begun long ago
         if isinstance(self.train_dataset, PackedStream):
             self._rewind(self.train_dataset, folder)
         self._kl.zero_()
@@ -256,6 +271,9 @@ class QSparseTrainerMixin(_Trainer):
         """As in Transformers, at the configured sparsity even while the ramp climbs: what a checkpoint will run at."""
         if self.args.sparsity_ramp_steps:
             self.accelerator.unwrap_model(self.model).scale_sparsity(1)  # the next update sets it to the ramp's again
+        if self.is_fsdp_enabled and not self.accelerator._models:  # FSDP2 shards a model and its optimizer together
+            optimizer = torch.optim.SGD(self.model.parameters())
+            self.model = self.model_wrapped = self.accelerator.prepare(self.model, optimizer)[0]
         with self.heartbeat.stopwatch.paused():
             return super().evaluate(*args, **kwargs)
 
@@ -269,6 +287,11 @@ class QSparseTrainerMixin(_Trainer):
             if self._latest_row is not None:
                 with self.heartbeat.stopwatch.paused():
                     logs |= self._measure_sparsity(self._latest_row)
+        if self.state.global_step == 0:
+            logs = logs | {f"initial_{name}": loss for name, loss in eval_losses(logs).items()}
+        for entry in self.control_history:
+            if entry["step"] == self.state.global_step:
+                logs = logs | {f"control_{name}": entry[name] for name in losses(entry) if name in logs}
         super().log(logs, *args, **kwargs)
 
     def _measure_speed(self) -> dict[str, float]:
@@ -296,11 +319,33 @@ class QSparseTrainerMixin(_Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Transformers; under FSDP the folder always holds the whole model, whatever form the shards take."""
+        checkpoint = _internal_call and output_dir is not None  # stays as it is, to go on from
+        self._cast_to = None if checkpoint else self.args.save_dtype
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None or "FULL" in str(plugin.state_dict_type):
             super().save_model(output_dir, _internal_call)
         else:
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As in Transformers, in `save_dtype` where the trained model is saved."""
+        if self._cast_to is None:
+            super()._save(output_dir, state_dict)
+            return
+        dtype = DTYPES[self._cast_to]
+        model = self.accelerator.unwrap_model(self.model)
+        adapters = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        if not hasattr(model, "peft_config"):
+            adapters = set()
+        done: dict[tuple, Tensor] = {}  # weights with two names stay one
+        state_dict = dict(model.state_dict() if state_dict is None else state_dict)
+        for name, weight in state_dict.items():
+            if weight.is_floating_point() and (not adapters or name in adapters):
+                state_dict[name] = done.setdefault((weight.data_ptr(), weight.shape), weight.to(dtype))
+        super()._save(output_dir, state_dict)
+        config = Path(output_dir or cast(str, self.args.output_dir)) / "config.json"
+        if self.args.should_save and not adapters:  # Transformers writes down the dtype of the model in memory
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": self._cast_to}, indent=2) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or not has_shards(resume_from_checkpoint):

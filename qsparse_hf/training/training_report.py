@@ -2,18 +2,20 @@
 
 import html
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState
 
 from ..modeling.configuration_qsparse import GROUPS
+from .losses import eval_losses
 
 REPORT = "training_report.html"
 
 # A panel for each group of logged figures that belong on one scale.
 _PANELS = {
-    "loss (nats a token)": ("loss", "cross_entropy", "distill_kl", "eval_loss"),
+    "loss (nats a token)": ("loss", "cross_entropy", "distill_kl", "control_loss"),
     "learning rate": ("learning_rate",),
     "gradient norm": ("grad_norm",),
     "sparsity": tuple(f"sparsity/{group}" for group in (*GROUPS, "all")),
@@ -22,7 +24,7 @@ _PANELS = {
 }
 _FIGURES = {
     "loss": "{:.4f}",
-    "eval_loss": "{:.4f}",
+    "control_loss": "{:.4f}",
     "cross_entropy": "{:.4f}",
     "distill_kl": "{:.4f}",
     "tokens_seen": "{:,.0f}",
@@ -58,19 +60,21 @@ def write_training_report(state: TrainerState, output_dir: str | Path, title: st
     Returns:
         The path of the page.
     """
-    curves = {name: _curve(state.log_history, name) for names in _PANELS.values() for name in names}
-    curves |= {name: _curve(state.log_history, name) for name in _FIGURES}
+    logged = {name: None for entry in state.log_history for name in entry}  # in the order of their first entries
+    held_out = [name for name in logged if name.removeprefix("control_") in eval_losses(logged)]
+    panels = {"held-out loss (nats a token)": held_out} | _PANELS
+    curves = {name: _curve(state.log_history, name) for name in logged}
     rows = "".join(
         f"<tr><td>{name}</td><td>{form.format(curves[name][1][0])}</td><td>{form.format(curves[name][1][-1])}</td></tr>"
-        for name, form in _FIGURES.items()
-        if curves[name][1]
+        for name, form in (dict.fromkeys(held_out, "{:.4f}") | _FIGURES).items()
+        if name in curves
     )
     page = _PAGE.format(
         title=html.escape(title),
         updates=state.global_step,
         planned=state.max_steps,
         rows=rows,
-        curves=_draw({name: curve for name, curve in curves.items() if curve[1]}),
+        curves=_draw(panels, curves),
     )
     path = Path(output_dir) / REPORT
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,11 +82,11 @@ def write_training_report(state: TrainerState, output_dir: str | Path, title: st
     return path
 
 
-def _draw(curves: dict[str, tuple[list[int], list[float]]]) -> str:
-    """The panels that have a curve, as SVG."""
+def _draw(panels: Mapping[str, Sequence[str]], curves: dict[str, tuple[list[int], list[float]]]) -> str:
+    """The panels that have a curve, as SVG; a control's curves are dashed."""
     from matplotlib.figure import Figure
 
-    panels = {title: [n for n in names if n in curves] for title, names in _PANELS.items()}
+    panels = {title: [n for n in names if n in curves] for title, names in panels.items()}
     panels = {title: names for title, names in panels.items() if names}
     if not panels:
         return "<p>Nothing was logged.</p>"
@@ -92,7 +96,8 @@ def _draw(curves: dict[str, tuple[list[int], list[float]]]) -> str:
         axes = figure.add_subplot(lines, 2, index)
         for name in names:
             steps, values = curves[name]
-            axes.plot(steps, values, label=name, marker="." if len(steps) < 30 else None)
+            style = "--" if name.startswith("control_") else "-"
+            axes.plot(steps, values, style, label=name, marker="." if len(steps) < 30 else None)
         axes.set_title(title)
         axes.set_xlabel("optimizer updates")
         axes.grid(alpha=0.3)
