@@ -1,4 +1,4 @@
-"""What a dense checkpoint on disk holds: its configuration as written, and where each tensor lies.
+"""What a checkpoint on disk holds: its configuration as written, where each tensor lies, and which files go with them.
 
 Only JSON and the headers of safetensors files are read here; nothing is unpickled and nothing is run.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from .errors import UserError, one_line
 
@@ -23,6 +24,18 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+# What goes along with weights unchanged: how to make tokens, how to generate, under which licence.
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+LICENCES = ("LICENSE*", "NOTICE*")
+COMPANIONS = (
+    *TOKENIZER_FILES,
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    *LICENCES,
+)
 
 HEADER_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes that are converted, by their names in a safetensors header."""
@@ -47,6 +60,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def code_files(folder: Path, references: Iterable[str | None]) -> list[Path]:
+    """The files in `folder` that define the classes an `auto_map` names (`module.Class`), with what they import.
+
+    Raises:
+        UserError: one is missing.
+    """
+    files = []
+    for reference in references:
+        if reference and "--" not in reference:  # which names another repository
+            module = folder / f"{reference.rpartition('.')[0]}.py"
+            files += [module, *map(Path, get_relative_import_files(module))]
+    for file in files:
+        if file.parent != folder or not os.path.isfile(file):
+            raise UserError(f"{folder} lacks {str(file)!r}, which defines a class of it")
+    return files
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,13 @@ def report(arguments: argparse.Namespace) -> None:
     print(report_checkpoint(arguments.model, arguments.text, arguments.output, arguments.tokens))
 
 
+def push(arguments: argparse.Namespace) -> None:
+    from .hub import push_folder
+
+    settings = {key: value for key, value in vars(arguments).items() if key != "run"}
+    print(push_folder(**settings))
+
+
 def bench(arguments: argparse.Namespace) -> None:
     from .bench import bench_decode
 
@@ -133,6 +140,20 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files to run through the model")
     p.add_argument("--tokens", type=int, default=4096, help="at most this many tokens (default %(default)s)")
     p.add_argument("--output", metavar="DIR", help="also write sparsity.json and sparsity.png there")
+
+    p = verb(
+        push,
+        "Send a saved model or adapters to the Hub: what belongs to it, in one commit.",
+        "qsparse push runs/my-sparse-model my-name/my-sparse-model --private",
+    )
+    p.add_argument("folder", help="folder of a conversion, a training run or `save_pretrained`")
+    p.add_argument("repository", metavar="repo_id", help="id on the Hub; the repository is made if it is missing")
+    p.add_argument("--private", action="store_true", help="make the repository private; a public one is refused")
+    p.add_argument("--revision", metavar="BRANCH", help="branch to write to, made if it is missing (default: main)")
+    p.add_argument("--message", help="of the commit")
+    p.add_argument("--base-model", metavar="REPO_ID", help="model that this one was made from; adapters will load it")
+    p.add_argument("--results", metavar="FILE", help="JSON of lm-evaluation-harness, for the card")
+    p.add_argument("--dry-run", action="store_true", help="list files and sizes, send nothing, and do not ask the Hub")
 
     p = verb(
         bench,

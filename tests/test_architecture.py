@@ -20,7 +20,8 @@ ORDER = [
     {"configuration"},
     {"checkpoint", "measure", "report", "training.arguments", "training.distillation", "training.throughput"}
     | {"training.sources", "training.sharding"},
-    {"conversion", "training.data", "training.faults", "training.schedule", "training.training_report"},
+    {"model_card"},
+    {"conversion", "hub", "training.data", "training.faults", "training.schedule", "training.training_report"},
     {"bench", "training.chat", "training.streaming"},
     {"training.trainer"},
     {"training.__init__", "training.sft"},

@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from ..configuration import check_config
 from ..errors import Interrupted, UserError, check_writable, one_line, user_errors
+from ..model_card import is_repository_id, non_defaults
 from ..modeling.backend import choose
 from ..modeling.sparsify import IMPLS
 from .arguments import QSparseArguments
@@ -135,6 +136,9 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
         "sequence_length": recipe.data.sequence_length,
         "lora": recipe.run.lora,
     }
+    trainer.settings = non_defaults(recipe.run) | non_defaults(recipe.data)
+    sources = (source.dataset for source in recipe.data.train_sources)
+    trainer.datasets = tuple(name for name in sources if name and is_repository_id(name))
     if finished:
         trainer.state = finished
         for callback in get_reporting_integration_callbacks(arguments.report_to):  # they log what is trained
@@ -153,6 +157,7 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
         trainer.save_metrics("eval", trainer.evaluate())
     if trainer.is_world_process_zero():
         write_training_report(trainer.state, _output_dir(arguments), title=Path(config).stem)
+    trainer.create_model_card()  # again, with what was measured since the model was saved
     return trainer
 
 
