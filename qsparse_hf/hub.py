@@ -31,7 +31,7 @@ from .checkpoint import (
     read_json,
 )
 from .errors import UserError, one_line, user_errors
-from .model_card import for_repository, is_ours, is_repository_id
+from .model_card import Origin, find_origin, for_repository, is_ours, is_repository_id
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def push_folder(
         revision: the branch, made where there is none; None: the main one.
         message: the commit's.
         base_model: the Hub id of the model that this one was made from, for the card; adapters are told to load it.
-        results: a file that lm-evaluation-harness wrote (JSON), whose results the card is to show.
+        results: a JSON file of `qsparse eval` or of lm-evaluation-harness, whose results the card is to show.
         dry_run: look, and send nothing; the Hub is not asked.
 
     Raises:
@@ -97,7 +97,8 @@ def push_folder(
     for name, given in (("the repository", repository), ("base_model", base_model)):
         if given is not None and not _is_id(given):
             raise UserError(f"{name} must be an id such as your-name/your-model, got {given!r}")
-    contents = _contents(folder, repository, base_model, results)
+    base = Origin(base_model, base_model, True) if base_model else None  # its card is asked for when something is sent
+    contents = _contents(folder, repository, find_origin(base_model) if base_model and not dry_run else base, results)
     files = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in contents.items()}
     if dry_run:
         return Push(files)
@@ -136,14 +137,14 @@ def _is_id(name: str) -> bool:
     return True
 
 
-def _contents(folder: Path, repository: str, base_model: str | None, results: str | None) -> dict[str, Path | bytes]:
+def _contents(folder: Path, repository: str, base_model: Origin | None, results: str | None) -> dict[str, Path | bytes]:
     """What is sent, by its name there: files as they are, or what is written in their place."""
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} is no folder")
     adapters = (folder / _ADAPTER_CONFIG).exists()
     contents: dict[str, Path | bytes] = {}
     if adapters:
-        contents[_ADAPTER_CONFIG] = _adapter_config(folder / _ADAPTER_CONFIG, base_model)
+        contents[_ADAPTER_CONFIG] = _adapter_config(folder / _ADAPTER_CONFIG, base_model.name if base_model else None)
         if not (folder / _ADAPTER_WEIGHTS).is_file():
             raise UserError(f"{folder} lacks {_ADAPTER_WEIGHTS}; adapters in other formats are not sent")
         contents[_ADAPTER_WEIGHTS] = folder / _ADAPTER_WEIGHTS
@@ -194,29 +195,37 @@ def _adapter_config(file: Path, base_model: str | None) -> Path | bytes:
 
 
 def _read_results(file: str) -> list[EvalResult]:
-    """Each metric of each task in a file of lm-evaluation-harness."""
-    tasks = read_json(Path(file)).get("results")
-    if not isinstance(tasks, dict):
-        raise UserError(f"{file} holds no `results`, as a file of lm-evaluation-harness does")
-    found = []
-    for task, measured in sorted(tasks.items()):
-        for key, value in measured.items() if isinstance(measured, dict) else ():
-            metric, comma, filtered = key.partition(",")
-            if comma and isinstance(value, int | float) and not metric.endswith("_stderr"):
-                name = metric if filtered == "none" else f"{metric} ({filtered})"
-                found.append(
-                    EvalResult(
-                        task_type="text-generation",
-                        dataset_type=task,
-                        dataset_name=str(measured.get("alias", task)).strip(" -"),
-                        metric_type=metric,
-                        metric_name=name,
-                        metric_value=round(value, 4),
-                    )
-                )
+    """What a file of `qsparse eval` or of lm-evaluation-harness holds, a result for each metric."""
+    held = read_json(Path(file)).get("results")
+    try:
+        found = [*(_own_results(held) if "model" in held else _harness_results(held))] if held else []
+    except (TypeError, KeyError, AttributeError):
+        found = []
     if not found:
-        raise UserError(f"{file} holds no metric of a task")
+        raise UserError(f"{file} holds no results as `qsparse eval` or lm-evaluation-harness write them")
     return found
+
+
+def _own_results(held: dict[str, Any]) -> Iterator[EvalResult]:
+    for name, text in held.get("texts", {}).items():
+        yield _result(name, "perplexity", f"perplexity ({text['tokens']:,} tokens)", text["perplexity"])
+    for name, pairs in held.get("pairs", {}).items():
+        yield _result(name, "accuracy", f"accuracy ({pairs['pairs']:,} pairs)", pairs["accuracy"])
+    for name, task in held.get("tasks", {}).items():
+        shots = "" if task["shots"] is None else f" ({task['shots']} shots)"
+        yield _result(name, task["metric"], task["metric"] + shots, task["score"])
+
+
+def _harness_results(held: dict[str, Any]) -> Iterator[EvalResult]:
+    for name, measured in sorted(held.items()):
+        for key, value in measured.items():
+            metric, comma, variant = key.partition(",")
+            if comma and isinstance(value, int | float) and not metric.endswith("_stderr"):
+                yield _result(name, metric, metric if variant == "none" else f"{metric} ({variant})", value)
+
+
+def _result(data: str, metric: str, name: str, value: float) -> EvalResult:
+    return EvalResult("text-generation", data, data, metric, round(value, 4), metric_name=name)
 
 
 def _keeps_card(api: HfApi, repository: str, revision: str | None, card: Path | bytes) -> str | None:

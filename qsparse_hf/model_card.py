@@ -38,12 +38,15 @@ _TEMPLATE = Path(__file__).with_suffix(".md")
 _SIGNATURE = re.compile(r"\n<!-- Written by qsparse_hf, which renews it until you change it \(([0-9a-f]{16})\) -->\n\Z")
 _HERE = re.compile(r'^(here = )".*"(  # this repository)', re.MULTILINE)
 _TASKS = re.compile(r"^<!-- tasks -->\n(?:\n?\|.*\n)*", re.MULTILINE)
+_LOCAL = re.compile(r"a local model, `[^`\n]*`")
+_UNKNOWN_LICENCE = " The licence is that of the model it was made from, which is not known here."
 _GROUPS = {"qkv": "q, k, v", "o": "attention's output", "gate_up": "gate, up", "down": "down"}
 # The licences that a file's first lines tell without doubt; any other is `other`, with a link to the file.
 _LICENCE_TEXTS = {
     "apache-2.0": re.compile(r"\s*Apache License\s+Version 2\.0,"),
     "mit": re.compile(r"\s*(The )?MIT License\b", re.IGNORECASE),
 }
+_NO_LICENCE = " No licence has been chosen for these weights."
 _NOT_MEASURED = "–"  # noqa: RUF001
 _SECRETS = ("hub_token", "push_to_hub_token")
 
@@ -247,7 +250,7 @@ def render_card(name: str, model: Any, origin: Origin | None, run: Run | None = 
         else "",
         origin=origin,
         made=_made(origin, run, adapters),
-        licence="known" if "license" in described else "unknown" if origin else "open",
+        licence="" if "license" in described else _UNKNOWN_LICENCE if origin else _NO_LICENCE,
         losses=losses,
         control=any(row["control_after"] != _NOT_MEASURED for row in losses),
         run=run,
@@ -265,12 +268,17 @@ def _checksum(text: str) -> str:
     return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
 
 
-def for_repository(card: str, repository: str, base: str | None = None, tasks: Iterable[EvalResult] = ()) -> str:
-    """Our card as it goes to the Hub: it loads `repository`, and names `base` and the results of `tasks` too."""
+def for_repository(card: str, repository: str, base: Origin | None = None, tasks: Iterable[EvalResult] = ()) -> str:
+    """Our card as it goes to the Hub: it loads `repository`, names `base` and its licence, and has results of `tasks`."""
     loaded: Any = ModelCard(card[: _SIGNATURE.search(card).start()])  # type: ignore[union-attr]  # it is ours
     tasks = list(tasks)
     if base is not None:
-        loaded.data.base_model = base
+        loaded.data.base_model = base.name
+        link = f"[{base.name}](https://huggingface.co/{base.name})"
+        loaded.text = _LOCAL.sub(lambda _: link, loaded.text, count=1)
+        if loaded.data.license is None and base.licence:
+            loaded.data.__dict__.update(base.licence)
+            loaded.text = loaded.text.replace(_UNKNOWN_LICENCE, "")
     if tasks:
         loaded.data.model_name = loaded.data.model_name or repository.rpartition("/")[2]
         earlier = loaded.data.eval_results or []

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from qsparse_hf.checkpoint import INDEX
 from qsparse_hf.errors import UserError
-from qsparse_hf.hub import push_folder
+from qsparse_hf.hub import _read_results, push_folder
 from qsparse_hf.model_card import find_origin, is_ours, write_card
 
 # What is pushed, in this order: the arguments of `qsparse push`, and whose token.
@@ -116,7 +116,7 @@ def fill(here: Path, checkpoint: Path, tokenizer) -> None:
     for folder in ("model", "own-card", "bad-card"):
         model.save_pretrained(here / folder)
         tokenizer.save_pretrained(here / folder)
-    write_card(here / "model", model, None)
+    write_card(here / "model", model, find_origin(str(checkpoint)))
     (here / "model" / "LICENSE").write_text("Apache License\nVersion 2.0, January 2004\n")
     for name in (
         "optimizer.pt",
@@ -154,6 +154,8 @@ def story(tmp_path_factory, tiny_checkpoint, tiny_tokenizer):
     fill(here, tiny_checkpoint, tiny_tokenizer)
     with serving() as hub:
         hub.breaks_after["team/broken"] = 1
+        hub.repositories["org/dense"] = Repository(False)
+        hub.repositories["org/dense"].branches["main"][0]["README.md"] = b"---\nlicense: mit\n---\n# Dense\n"
         hub.repositories["team/edited"] = Repository(False)
         hub.repositories["team/edited"].branches["main"][0]["README.md"] = b"---\nlicense: mit\n---\n# Edited there\n"
         environment = {
@@ -216,7 +218,9 @@ def test_a_card_goes_with_the_repositorys_name(story):
     assert is_ours(card)
     assert not complaints(card)
     assert 'here = "team/model"  # this repository' in card
-    assert "base_model: org/dense" in card
+    assert "base_model: org/dense\n" in card
+    assert "license: mit\n" in card
+    assert "Converted, without training, from [org/dense](https://huggingface.co/org/dense).\n" in card
     assert "| arc_easy | acc | 0.6123 |" in card
     assert "value: 0.6123" in card
 
@@ -323,6 +327,24 @@ def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(tiny_checkpoint):
     size = (tiny_checkpoint / "model.safetensors").stat().st_size
     assert f"{size:>16,}  model.safetensors" in str(push)
     assert push.url is None
+
+
+def test_results_of_qsparse_eval_go_into_the_card(tmp_path, tiny_checkpoint):
+    texts = {"wiki": {"perplexity": 21.43219, "tokens": 50000}}
+    pairs = {"blimp": {"accuracy": 0.79, "pairs": 1200}}
+    tasks = {"arc_easy": {"metric": "acc_norm", "score": 0.5, "shots": 25}}
+    held = {"model": "x", "dtype": "y", "texts": texts, "pairs": pairs, "tasks": tasks}
+    (tmp_path / "eval.json").write_text(json.dumps({"machine": {}, "results": held}))
+    found = [(each.dataset_name, each.metric_name, each.metric_value) for each in _read_results(tmp_path / "eval.json")]
+    assert found == [
+        ("wiki", "perplexity (50,000 tokens)", 21.4322),
+        ("blimp", "accuracy (1,200 pairs)", 0.79),
+        ("arc_easy", "acc_norm (25 shots)", 0.5),
+    ]
+    for wrong in ({}, {"results": []}, {"results": {"a": 1}}, {"results": {"model": "x"}}):
+        (tmp_path / "eval.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="holds no results as `qsparse eval` or lm-evaluation-harness write them"):
+            _read_results(tmp_path / "eval.json")
 
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path, tiny_checkpoint):

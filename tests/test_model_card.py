@@ -12,7 +12,16 @@ from huggingface_hub import EvalResult, ModelCard
 from peft import LoraConfig, get_peft_model
 
 from qsparse_hf import QSparseTrainer, QSparseTrainingArguments, convert_checkpoint
-from qsparse_hf.model_card import Run, find_origin, for_repository, is_ours, non_defaults, render_card, write_card
+from qsparse_hf.model_card import (
+    Origin,
+    Run,
+    find_origin,
+    for_repository,
+    is_ours,
+    non_defaults,
+    render_card,
+    write_card,
+)
 from qsparse_hf.training.run import train
 
 
@@ -194,7 +203,7 @@ def test_results_are_shown_once_and_in_the_metadata(tmp_path):
     text = (tmp_path / "README.md").read_text()
     result = EvalResult("text-generation", "arc_easy", "ARC", "acc", 0.5, metric_name="acc")
     for _ in range(2):
-        text = for_repository(text, "me/model", "org/base", [result])
+        text = for_repository(text, "me/model", Origin("org/base", "org/base", True), [result])
     (tmp_path / "README.md").write_text(text)
     card = read(tmp_path)
     assert text.count("| ARC | acc | 0.5 |") == 1
