@@ -157,8 +157,8 @@ def _contents(folder: Path, repository: str, base_model: Origin | None, results:
             reference
             for file in (CONFIG, TOKENIZER_CONFIG)
             if (folder / file).exists()
-            for references in (read_json(folder / file).get("auto_map") or {}).values()
-            for reference in ([references] if isinstance(references, str) else references)
+            for references in _references(read_json(folder / file).get("auto_map"))
+            for reference in ([references] if isinstance(references, str) else references or [])
         ]
         weights = {tensor.path.name for tensor in locate_tensors(folder).values()}
         index = [] if WEIGHTS in weights else [INDEX]
@@ -178,6 +178,11 @@ def _contents(folder: Path, repository: str, base_model: Origin | None, results:
     elif results or (base_model and not adapters):
         raise UserError(f"{folder} holds no {_CARD} that could name a base model or results")
     return contents
+
+
+def _references(auto_map: Any) -> list[Any]:
+    """What an `auto_map` names; old tokenizers have a list in its place."""
+    return [*auto_map.values()] if isinstance(auto_map, dict) else [auto_map]
 
 
 def _adapter_config(file: Path, base_model: str | None) -> Path | bytes:

@@ -269,7 +269,7 @@ def _checksum(text: str) -> str:
 
 
 def for_repository(card: str, repository: str, base: Origin | None = None, tasks: Iterable[EvalResult] = ()) -> str:
-    """Our card as it goes to the Hub: it loads `repository`, names `base` and its licence, and has results of `tasks`."""
+    """Our card as it goes to the Hub: it loads `repository`, names `base` and its licence, and shows `tasks`."""
     loaded: Any = ModelCard(card[: _SIGNATURE.search(card).start()])  # type: ignore[union-attr]  # it is ours
     tasks = list(tasks)
     if base is not None:

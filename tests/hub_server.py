@@ -41,7 +41,8 @@ class Repository:
 
 
 def identify(commit: dict[str, bytes]) -> str:
-    return hashlib.sha1(repr(sorted(commit.items())).encode()).hexdigest()
+    """Its id; Python remembers the hash of bytes, so that large files cost it once."""
+    return hashlib.sha1(repr(sorted((name, hash(data)) for name, data in commit.items())).encode()).hexdigest()
 
 
 def is_large(path: str) -> bool:

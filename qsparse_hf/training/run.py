@@ -157,7 +157,8 @@ def train(config: str, overrides: list[str] | None = None) -> Trainer:
         trainer.save_metrics("eval", trainer.evaluate())
     if trainer.is_world_process_zero():
         write_training_report(trainer.state, _output_dir(arguments), title=Path(config).stem)
-    trainer.create_model_card()  # again, with what was measured since the model was saved
+    with user_errors(arguments.output_dir):
+        trainer.create_model_card()  # again, with what was measured since the model was saved
     return trainer
 
 

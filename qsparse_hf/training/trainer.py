@@ -356,10 +356,14 @@ class QSparseTrainerMixin(_Trainer):
         metrics = folder / "all_results.json"
         derived = ["dataloader_pin_memory", "resume_from_checkpoint"]
         derived += ["gradient_accumulation_steps"] if self.args.global_batch_size else []
+        try:
+            measured = json.loads(metrics.read_text())
+        except (OSError, ValueError):  # not there yet, or cut off
+            measured = {}
         run = Run(
             settings=dict(self.settings) | non_defaults(self.args, without=derived),
             history=self.state.log_history,
-            metrics=json.loads(metrics.read_text()) if metrics.exists() else {},
+            metrics=measured,
             facts=self._card_facts(),
             datasets=self.datasets,
         )
