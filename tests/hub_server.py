@@ -6,7 +6,7 @@ import http.server
 import json
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -102,8 +102,18 @@ class Hub:
         self.objects: dict[tuple[str, str], bytes] = {}
         self.uploads: Counter[str] = Counter()
         self.breaks_after: dict[str, int] = {}
+        self.admitted: dict[str, set[str]] = defaultdict(set)
+        self.lock = threading.Lock()
         self.requests: list[str] = []
         self.endpoint = ""
+
+    def admits(self, repository: str, oid: str) -> bool:
+        """Whether an upload may arrive; the client sends several at once."""
+        with self.lock:
+            admitted = self.admitted[repository]
+            if len(admitted) < self.breaks_after.get(repository, sys.maxsize):
+                admitted.add(oid)
+            return oid in admitted
 
 
 @contextmanager
@@ -134,7 +144,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         _, owner, name, oid = self.path.strip("/").split("/")
         length = int(self.headers["Content-Length"])
-        if self.hub.uploads[f"{owner}/{name}"] >= self.hub.breaks_after.get(f"{owner}/{name}", sys.maxsize):
+        if not self.hub.admits(f"{owner}/{name}", oid):
             self.rfile.read(length // 2)
             self.close_connection = True
             self.connection.close()
@@ -142,7 +152,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         data = self.rfile.read(length)
         assert hashlib.sha256(data).hexdigest() == oid
         self.hub.objects[f"{owner}/{name}", oid] = data
-        self.hub.uploads[f"{owner}/{name}"] += 1
+        with self.hub.lock:
+            self.hub.uploads[f"{owner}/{name}"] += 1
         self.reply(200, b"")
 
     def answer(self, body: bytes) -> None:
