@@ -35,6 +35,7 @@ from .configuration import check_config
 from .decode.prepare import layer_groups, why_not_prepared
 from .decode.sparse_linear import sparse_linear
 from .errors import UserError, check_writable, user_errors
+from .loading import find_device
 from .measure import captured, interleaved, medians, print_table, write_json
 from .modeling.configuration_qsparse import GROUPS, QSparseConfigMixin
 from .modeling.modeling_qsparse import QSparsePreTrainedModel
@@ -371,11 +372,9 @@ def bench_decode(
     for name, smallest, value in least:
         if value < smallest:
             raise UserError(f"{name} must be at least {smallest}, got {value}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device 'cuda' is asked for, and there is none; 'cpu' is measured too")
+    place = find_device(device)
     if output is not None:
         check_writable(output)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     configs = {name: _configs(name) for name in models}
     chosen: dict[str, list[float | None]] = {
         name: [None, *sparsities] if is_sparse else [*(sparsities or SPARSITIES)]

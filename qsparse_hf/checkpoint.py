@@ -1,6 +1,6 @@
-"""What a dense checkpoint on disk holds: its configuration as written, and where each tensor lies.
+"""What a checkpoint on disk holds: its configuration as written, where each tensor lies, and which files go with them.
 
-Only JSON, tokenizers and the headers of safetensors files are read here; nothing is unpickled and nothing is run.
+Only JSON and the headers of safetensors files are read here; nothing is unpickled and nothing is run.
 """
 
 import json
@@ -14,15 +14,28 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
 
-from .errors import UserError, one_line, user_errors
+from .errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
+# What goes along with weights unchanged: how to make tokens, how to generate, under which licence.
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+LICENCES = ("LICENSE*", "NOTICE*")
+COMPANIONS = (
+    *TOKENIZER_FILES,
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    *LICENCES,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes of weights, by the names that users give."""
@@ -55,19 +68,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of a folder or Hub repository.
+def code_files(folder: Path, references: Iterable[str | None]) -> list[Path]:
+    """The files in `folder` that define the classes an `auto_map` names (`module.Class`), with what they import.
 
     Raises:
-        UserError: it has none, or the one that it has does not load.
+        UserError: one is missing.
     """
-    if os.path.isdir(source) and not any(any(Path(source).glob(pattern)) for pattern in TOKENIZER_FILES):
-        raise UserError(
-            f"{source} holds no tokenizer, as an unfinished run's folder may; put its base model's there: "
-            f"AutoTokenizer.from_pretrained(BASE).save_pretrained({str(source)!r})"
-        )
-    with user_errors(source):
-        return AutoTokenizer.from_pretrained(source)
+    files = []
+    for reference in references:
+        if reference and "--" not in reference:  # which names another repository
+            module = folder / f"{reference.rpartition('.')[0]}.py"
+            files += [module, *map(Path, get_relative_import_files(module))]
+    for file in files:
+        if file.parent != folder or not os.path.isfile(file):
+            raise UserError(f"{folder} lacks {str(file)!r}, which defines a class of it")
+    return files
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .evaluation import Suite
 
 
+_MODEL = "folder or Hub id of a checkpoint, Q-Sparse or dense, or a folder of adapters"
+
+
 def convert(arguments: argparse.Namespace) -> None:
     from .conversion import convert_checkpoint
 
@@ -35,7 +38,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from .training.losses import eval_losses
+    from .losses import eval_losses
     from .training.run import train
 
     trainer = train(arguments.config, arguments.overrides)
@@ -84,6 +87,13 @@ def _suite(arguments: argparse.Namespace) -> "Suite":
     return Suite.of(
         arguments.text, arguments.pairs, arguments.tasks, protocol, arguments.batch_size, arguments.questions
     )
+
+
+def push(arguments: argparse.Namespace) -> None:
+    from .hub import push_folder
+
+    settings = {key: value for key, value in vars(arguments).items() if key != "run"}
+    print(push_folder(**settings))
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -214,7 +224,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Measure sparsity and activated parameters per projection on given text.",
         "qsparse report my-checkpoint --text README.md --output report/",
     )
-    p.add_argument("model", help="folder or Hub id of a checkpoint, Q-Sparse or dense")
+    p.add_argument("model", help=_MODEL)
     p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files to run through the model")
     p.add_argument("--tokens", type=int, default=4096, help="at most this many tokens (default %(default)s)")
     p.add_argument("--output", metavar="DIR", help="also write sparsity.json and sparsity.png there")
@@ -224,7 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Answer a prompt at the terminal, or hold a conversation; without a chat template, continue the prompt.",
         "qsparse generate my-checkpoint --prepared\n  qsparse generate my-checkpoint 'What is a sparse matrix?'",
     )
-    p.add_argument("model", help="folder or Hub id of a checkpoint, Q-Sparse or dense, or a folder of adapters")
+    p.add_argument("model", help=_MODEL)
     p.add_argument("prompt", nargs="?", help="(default: read from the terminal, one line after the other)")
     p.add_argument("--prepared", action="store_true", help="prepare the model for decoding first")
     p.add_argument("--system", metavar="TEXT", help="the system message of a chat")
@@ -237,7 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Measure a model: loss of held-out text, accuracy on minimal pairs and on tasks, and the sparsity meanwhile.",
         "qsparse eval my-checkpoint --text README.md notes=notes.jsonl.gz --output eval.json",
     )
-    p.add_argument("model", help="folder or Hub id of a checkpoint, Q-Sparse or dense")
+    p.add_argument("model", help=_MODEL)
     _add_suite(p)
 
     p = verb(
@@ -245,9 +255,23 @@ def build_parser() -> argparse.ArgumentParser:
         "Measure several models, dense or Q-Sparse, in one table: quality, activated parameters, size, speed.",
         "qsparse compare dense sparse-40 sparse-50 --text README.md --picture compare.png",
     )
-    p.add_argument("models", nargs="+", metavar="model", help="folders or Hub ids of checkpoints")
+    p.add_argument("models", nargs="+", metavar="model", help=_MODEL)
     _add_suite(p)
     p.add_argument("--picture", metavar="FILE", help="draw quality over activated parameters there, as a PNG")
+
+    p = verb(
+        push,
+        "Send a saved model or adapters to the Hub: what belongs to it, in one commit.",
+        "qsparse push runs/my-sparse-model my-name/my-sparse-model --private",
+    )
+    p.add_argument("folder", help="folder of a conversion, a training run or `save_pretrained`")
+    p.add_argument("repository", metavar="repo_id", help="id on the Hub; the repository is made if it is missing")
+    p.add_argument("--private", action="store_true", help="make the repository private; a public one is refused")
+    p.add_argument("--revision", metavar="BRANCH", help="branch to write to, made if it is missing (default: main)")
+    p.add_argument("--message", help="of the commit")
+    p.add_argument("--base-model", metavar="REPO_ID", help="model that this one was made from; adapters will load it")
+    p.add_argument("--results", metavar="FILE", help="JSON of `qsparse eval` or lm-evaluation-harness, for the card")
+    p.add_argument("--dry-run", action="store_true", help="list files and sizes, send nothing, and do not ask the Hub")
 
     p = verb(
         bench,

@@ -17,10 +17,9 @@ from .evaluation import (
     Result,
     Suite,
     check_checkpoint,
-    check_place,
-    load_checkpoint,
     results_to_dict,
 )
+from .loading import check_dtype, find_base, find_device, load_checkpoint
 from .measure import print_table, write_json
 from .report import count_parameters
 
@@ -36,7 +35,7 @@ def compare_checkpoints(
     """Measure each checkpoint and print a table.
 
     Args:
-        names: folders or Hub ids of checkpoints, dense or Q-Sparse, with their tokenizers.
+        names: each as `load_checkpoint` takes it.
         suite: what they are measured on.
         device: "cuda" or "cpu"; None for a GPU where there is one.
         dtype: of all of them; "auto" for each checkpoint's own.
@@ -49,7 +48,8 @@ def compare_checkpoints(
     Raises:
         UserError: a checkpoint or an output that cannot be, before anything is measured; or what cannot be read later.
     """
-    check_place(device, dtype)
+    find_device(device)
+    check_dtype(dtype)
     for target in (output, picture):
         if target is not None:
             check_writable(target)
@@ -108,11 +108,14 @@ def _cost(name: str, model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _size_on_disk(name: str) -> int:
-    """Bytes of a checkpoint's weights, which are there, as they were loaded."""
-    folder = Path(name)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(name, allow_patterns="*.safetensors*", local_files_only=True))
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Bytes of a checkpoint's weights, which are there, as they were loaded; of adapters, with their base model's."""
+    total = 0
+    for place in {name, find_base(name)}:
+        folder = Path(place)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(place, allow_patterns="*.safetensors*", local_files_only=True))
+        total += sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return total
 
 
 def _quality(result: Result) -> str:

@@ -20,21 +20,25 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import StateDictSplit, hf_hub_download, snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub.constants import REPOCARD_NAME
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
+from transformers.dynamic_module_utils import custom_object_save
 
 from .checkpoint import (
+    COMPANIONS,
     CONFIG,
     DTYPES,
     HEADER_DTYPES,
     INDEX,
+    TOKENIZER_CONFIG,
     TOKENIZER_FILES,
     StoredTensor,
     check_layers,
+    code_files,
     locate_tensors,
     match_tensors,
     read_json,
@@ -42,6 +46,7 @@ from .checkpoint import (
 from .configuration import check_fields
 from .errors import UserError, check_source, one_line, shortened, user_errors
 from .gguf_file import GGUFFile
+from .model_card import find_origin, keeps_card, write_card
 from .modeling.configuration_qsparse import QSPARSE_FIELDS, QSparseConfigMixin
 from .modeling.modeling_qsparse import declare_auto_model
 from .registration import FAMILIES
@@ -49,16 +54,6 @@ from .report import count_parameters
 
 logger = logging.getLogger(__name__)
 
-# What goes along unchanged: how to make tokens, how to generate, under which licence.
-_COMPANIONS = (
-    *TOKENIZER_FILES,
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
-_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 # Of the dense configuration: what the Q-Sparse class says itself, and what a causal language model does not read.
 _NOT_TAKEN = (
@@ -196,9 +191,13 @@ def convert_checkpoint(
         with _staging(output, overwrite, plan.size) as staging:
             _write_weights(staging, held, written, shards)
             custom_object_save(model, staging, config=config)  # type: ignore[arg-type]  # no dict, as it allows
-            _copy({*code, *(file for pattern in _COMPANIONS for file in folder.glob(pattern))}, folder, staging)
+            _copy({*code, *(file for pattern in COMPANIONS for file in folder.glob(pattern))}, folder, staging)
             if tokenizer_config:
-                (staging / _TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+                (staging / TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+            if keeps_card(output):  # a person's, of the folder that is replaced
+                shutil.copy(output / REPOCARD_NAME, staging)
+            origin = find_origin(source, folder if gguf is None else None)
+            write_card(staging, model, origin, name=output.resolve().name)
             config.save_pretrained(staging)  # last: a folder without it does not load
     return plan
 
@@ -289,14 +288,14 @@ def _describe_tokenizer(folder: Path, dense: PreTrainedConfig) -> tuple[dict[str
     For a dense model `AutoTokenizer` picks the class by `model_type`, whatever the file says. It does not know our
     types and takes the class in the file, which therefore becomes the one that it picks for the dense model.
     """
-    path = folder / _TOKENIZER_CONFIG
+    path = folder / TOKENIZER_CONFIG
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return None, []
     described = read_json(path) if os.path.lexists(path) else {}
     references = _tokenizer_classes(described.get("auto_map"), path)
     if any(references):
         with user_errors(path):
-            return described | {"auto_map": {"AutoTokenizer": references}}, _code_files(folder, references)
+            return described | {"auto_map": {"AutoTokenizer": references}}, code_files(folder, references)
     try:
         picked = AutoTokenizer.from_pretrained(folder, config=dense, trust_remote_code=False, mistral_format=False)
     except Exception as error:  # whatever a broken file, or a missing package, makes a tokenizer raise
@@ -315,19 +314,6 @@ def _tokenizer_classes(auto_map: object, path: Path) -> list[str | None]:
             f"class, got {shortened(repr(named))}"
         )
     return [*classes, None, None][:2]
-
-
-def _code_files(folder: Path, references: Iterable[str | None]) -> list[Path]:
-    """The files in `folder` that define the classes an `auto_map` names (`module.Class`), with what they import."""
-    files = []
-    for reference in references:
-        if reference and "--" not in reference:  # which names another repository
-            module = folder / f"{reference.rpartition('.')[0]}.py"
-            files += [module, *map(Path, get_relative_import_files(module))]
-    for file in files:
-        if file.parent != folder or not os.path.isfile(file):
-            raise UserError(f"{folder} lacks {str(file)!r}, which defines its tokenizer")
-    return files
 
 
 def _copy(files: Iterable[Path], folder: Path, target: Path) -> None:
@@ -416,7 +402,7 @@ def _download_config(source: str, revision: str | None) -> Path:
 
 
 def _download(source: str, revision: str | None) -> Path:
-    patterns = [CONFIG, "model*.safetensors", INDEX, "*.py", *_COMPANIONS]
+    patterns = [CONFIG, "model*.safetensors", INDEX, "*.py", REPOCARD_NAME, *COMPANIONS]
     with _hub_errors(source):
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 

@@ -59,6 +59,15 @@ def user_errors(source: object) -> Iterator[None]:
         raise UserError(f"{name}: {type(error).__name__}: {one_line(error)}") from error
 
 
+def may_be_repository(name: str) -> bool:
+    """Whether `name` can be the id of a repository of the Hub."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def check_source(source: object, named: str | None = None) -> None:
     """Refuse a name that nothing here has and no repository of the Hub can have, before the Hub is asked for it.
 
@@ -79,10 +88,8 @@ def check_source(source: object, named: str | None = None) -> None:
     except (OSError, ValueError) as error:  # too long, a NUL, a loop of links
         raise UserError(f"{shortened(named or name, 200)}: {one_line(error)}") from None
     refused = f"{shortened(named or name, 200)}: is no file or folder here, and "
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise UserError(refused + "no repository of the Hub can have that name") from None
+    if not may_be_repository(name):
+        raise UserError(refused + "no repository of the Hub can have that name")
     if Path(name).suffix in _FILE_SUFFIXES:
         raise UserError(refused + f"no repository of the Hub has a name that ends with {Path(name).suffix}")
     cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))

@@ -18,16 +18,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from .checkpoint import DTYPES
-from .configuration import check_config
 from .errors import UserError, check_writable, user_errors
+from .loading import check_dtype, find_base, find_device, load_checkpoint, load_tokenizer
 from .measure import print_table, write_json
 from .report import SparsityReport, counting, evaluating, projections, token_losses
 from .sources import RowCheck, Source, check_whole, read_documents
@@ -471,51 +468,16 @@ def _good_rows(source: Source) -> Iterator[dict[str, Any]]:
         logger.warning("%s: %s", source, check)
 
 
-def load_checkpoint(
-    name: str, device: str | None = None, dtype: str = "auto"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model, dense or Q-Sparse, for evaluation, and its tokenizer.
-
-    Args:
-        name: folder or Hub id.
-        device: "cuda" or "cpu"; None for a GPU where there is one.
-        dtype: "float32", "bfloat16" or "float16"; "auto" for that of the checkpoint.
-
-    Raises:
-        UserError: it cannot be read, or there is no such device or dtype.
-    """
-    place = check_place(device, dtype)
-    check_config(name)
-    with user_errors(name):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, "auto"))
-        return model.to(place).eval(), tokenizer
-
-
 def check_checkpoint(name: str, protocol: Protocol) -> Protocol:
     """`protocol` with every value that the checkpoint decides filled in, before its weights are read.
 
     Raises:
         UserError: its configuration or tokenizer cannot be read, or does not allow the protocol.
     """
-    check_config(name)
+    config = AutoConfig.from_pretrained(find_base(name))
+    tokenizer = load_tokenizer(name)
     with user_errors(name):
-        return protocol.resolved(AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name))
-
-
-def check_place(device: str | None, dtype: str) -> torch.device:
-    """The device to run on.
-
-    Raises:
-        UserError: there is none of that name, or no such dtype.
-    """
-    if device not in (None, "cuda", "cpu"):
-        raise UserError(f"device must be cuda or cpu, got {device!r}")
-    if dtype not in ("auto", *DTYPES):
-        raise UserError(f"dtype must be auto, {', '.join(DTYPES)}, got {dtype!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device 'cuda' is asked for, and there is none; 'cpu' works too")
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return protocol.resolved(config, tokenizer)
 
 
 def evaluate_checkpoint(
@@ -524,7 +486,7 @@ def evaluate_checkpoint(
     """Load a checkpoint, measure it and print a table; with `output`, write everything there as JSON.
 
     Args:
-        name: folder or Hub id of a checkpoint, dense or Q-Sparse, with its tokenizer.
+        name: as `load_checkpoint` takes it.
         suite: what it is measured on.
         device: as `load_checkpoint` takes it.
         dtype: as `load_checkpoint` takes it.
@@ -535,7 +497,8 @@ def evaluate_checkpoint(
     """
     if output is not None:
         check_writable(output)
-    check_place(device, dtype)
+    find_device(device)
+    check_dtype(dtype)
     protocol = check_checkpoint(name, suite.protocol)
     model, tokenizer = load_checkpoint(name, device, dtype)
     results: dict[str, Result] = {}

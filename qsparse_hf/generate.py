@@ -4,16 +4,14 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from .checkpoint import load_tokenizer
-from .configuration import check_config
 from .errors import UserError, user_errors
+from .loading import load_checkpoint
 from .modeling.modeling_qsparse import QSparsePreTrainedModel
 
 
@@ -43,8 +41,7 @@ class Chat:
     """A model that answers, and the conversation so far.
 
     Args:
-        model: folder or Hub id of a causal language model, Q-Sparse or dense, or a folder of adapters, which are
-            merged; with its tokenizer.
+        model: as `load_checkpoint` takes it; it runs on a GPU where there is one.
         prepared: prepare a Q-Sparse model for decoding.
         system: the system message.
         max_new_tokens: most tokens of an answer.
@@ -71,33 +68,23 @@ class Chat:
             raise UserError(f"temperature must be at least 0, got {temperature}")
         if seed is not None and not 0 <= seed < 2**32:
             raise UserError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
-        base = model
-        if Path(model, "adapter_config.json").is_file():
-            from peft import PeftConfig, PeftModel
-
-            with user_errors(model):
-                base = PeftConfig.from_pretrained(model).base_model_name_or_path or ""
-        check_config(base, named=None if base == model else f"{model}: its base model {base}")
-        self.tokenizer = load_tokenizer(model)
+        self.model: Any
+        self.tokenizer: Any
+        self.model, self.tokenizer = load_checkpoint(model)
         self.chats = self.tokenizer.chat_template is not None
         if system is not None and not self.chats:
             raise UserError(f"{model}: its tokenizer has no chat template, and so no place for a system message")
-        with user_errors(model):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-            if base != model:
-                loaded = PeftModel.from_pretrained(loaded, model).merge_and_unload()
-        self.model = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         if prepared:
-            if not isinstance(loaded, QSparsePreTrainedModel):
+            if not isinstance(self.model, QSparsePreTrainedModel):
                 raise UserError(f"{model} is a dense model; only Q-Sparse ones are prepared for decoding")
             with user_errors(model):
-                loaded.prepare_for_decode()
+                self.model.prepare_for_decode()
         self.settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
             self.settings["temperature"] = temperature
         else:  # what the model's own settings say of sampling
             self.settings |= {"temperature": None, "top_p": None, "top_k": None}
-        if loaded.generation_config.pad_token_id is None:
+        if self.model.generation_config.pad_token_id is None:
             self.settings["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
         if seed is not None:
             set_seed(seed)

@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .checkpoint import load_tokenizer
-from .configuration import check_config
 from .decode.prepare import as_restored
 from .errors import UserError, check_writable, user_errors
+from .loading import load_checkpoint
 from .modeling.configuration_qsparse import GROUPS, ProjectionGroup, QSparseConfigMixin
 from .modeling.modeling_qsparse import QSparsePreTrainedModel
 from .modeling.sparsify import Sparsify
@@ -376,7 +375,7 @@ def report_checkpoint(
     """Load a checkpoint and report on text files; with `output`, write `sparsity.json` and `sparsity.png` there.
 
     Args:
-        model: folder or Hub id, with its tokenizer.
+        model: as `load_checkpoint` takes it; it runs on a GPU where there is one.
         tokens: at most this many tokens of the text are run, in rows of `row_length`.
 
     Raises:
@@ -389,11 +388,8 @@ def report_checkpoint(
         check_writable(target)
     with user_errors(", ".join(map(str, text_files))):
         text = "\n".join(Path(file).read_text(encoding="utf-8", errors="replace") for file in text_files)
-    check_config(model)
-    tokenizer = load_tokenizer(model)
-    with user_errors(model):
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens])
+    loaded, tokenizer = load_checkpoint(model)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens], device=loaded.device)
     if len(ids) == 0:
         raise UserError(f"{', '.join(text_files)}: no text")
     rows = [row[None] for row in ids.split(row_length)]

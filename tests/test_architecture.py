@@ -17,11 +17,12 @@ ORDER = [
     {"kernels"},
     {"registration"},
     {"__init__"},
-    {"configuration", "checkpoint"},
-    {"measure", "report", "sources", "tasks", "training.arguments", "training.distillation", "training.losses"}
+    {"configuration", "checkpoint", "losses"},
+    {"loading"},
+    {"measure", "report", "sources", "tasks", "training.arguments", "training.distillation"}
     | {"training.sharding", "training.throughput"},
-    {"gguf_file", "training.data", "training.faults", "training.schedule", "training.training_report"},
-    {"conversion"},
+    {"gguf_file", "model_card", "training.data", "training.faults", "training.schedule", "training.training_report"},
+    {"conversion", "hub"},
     {"bench", "evaluation", "generate", "training.chat", "training.streaming"},
     {"comparison", "training.trainer"},
     {"training.__init__", "training.sft"},

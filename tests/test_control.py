@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from qsparse_hf.cli import main
 from qsparse_hf.errors import Interrupted, UserError
+from qsparse_hf.losses import compare
 from qsparse_hf.training import QSparseTrainer
-from qsparse_hf.training.losses import compare
 from qsparse_hf.training.run import train
 
 STEPS = 6

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Mixtr
 from qsparse_hf.cli import main
 from qsparse_hf.conversion import convert_checkpoint
 from qsparse_hf.errors import UserError
+from qsparse_hf.model_card import is_ours
 
 
 @pytest.fixture
@@ -142,7 +143,8 @@ def test_companions_go_along_and_other_files_do_not(tmp_path):
     convert_checkpoint(tmp_path / "dense", tmp_path / "sparse")
     assert companions <= listing(tmp_path / "sparse")
     assert (tmp_path / "sparse" / "additional_chat_templates" / "tools.jinja").exists()
-    assert not {"README.md", "pytorch_model.bin", "code.py"} & listing(tmp_path / "sparse")
+    assert not {"pytorch_model.bin", "code.py"} & listing(tmp_path / "sparse")
+    assert is_ours((tmp_path / "sparse" / "README.md").read_text())
 
 
 def test_a_converted_folder_loads_without_this_package(tmp_path):

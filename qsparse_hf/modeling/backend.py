@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which implementation of an operator runs: one rule for every table of implementations."""
 
 import logging

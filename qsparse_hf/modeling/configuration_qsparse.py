@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configurations of the Q-Sparse families: a dense family's own fields, and how sparse each projection's input is."""
 
 from dataclasses import dataclass, fields

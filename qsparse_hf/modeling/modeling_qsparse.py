@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all Q-Sparse families share: attention and feed-forward whose projections read sparsified inputs.
 
 A dense family's modules are built by its own code and then given a Q-Sparse class, which adds no parameters: state

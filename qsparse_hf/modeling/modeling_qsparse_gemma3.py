@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Q-Sparse Gemma 3 (text). Scaled embeddings, layer types and the cap on the logits come with the dense modules."""
 
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention, Gemma3ForCausalLM, Gemma3MLP, Gemma3TextModel

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Q-Sparse Llama."""
 
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaMLP, LlamaModel

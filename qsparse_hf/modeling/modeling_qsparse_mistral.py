@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Q-Sparse Mistral."""
 
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralForCausalLM, MistralMLP, MistralModel

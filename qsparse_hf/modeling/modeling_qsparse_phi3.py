@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Q-Sparse Phi-3. The dropout of the residual sums comes with the dense modules."""
 
 from torch import Tensor, nn

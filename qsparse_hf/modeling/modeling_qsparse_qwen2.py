@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Q-Sparse Qwen2. The biases of q, k, v and the windows of single layers come with the dense modules."""
 
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2ForCausalLM, Qwen2MLP, Qwen2Model

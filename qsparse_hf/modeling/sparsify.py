@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Top-K sparsification of activations, trained through with a straight-through estimator (Q-Sparse, arXiv 2407.10969).
 
 One selection rule holds for every implementation, bit for bit: of each token's `D` features exactly

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A selection: what a sparsity, a block size and a rescale may be, and how many features they keep."""
 
 import math

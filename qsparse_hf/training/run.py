@@ -28,9 +28,12 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from ..checkpoint import DTYPES, load_tokenizer
+from ..checkpoint import DTYPES
 from ..configuration import check_config
 from ..errors import Interrupted, UserError, check_writable, one_line, user_errors
+from ..loading import load_tokenizer
+from ..losses import compare, eval_losses
+from ..model_card import is_repository_id, non_defaults
 from ..modeling.backend import choose
 from ..modeling.sparsify import IMPLS
 from ..sources import Source
@@ -38,7 +41,6 @@ from .arguments import QSparseArguments
 from .control import FOLDER, overrides_of_control, read_control, write_control
 from .data import DataArguments, collate_packed, pack_on_disk
 from .faults import complete_checkpoints
-from .losses import compare, eval_losses
 from .recipe import BOOLEANS, Recipe, RunArguments, parse
 from .streaming import PackedStream
 from .trainer import QSparseTrainer, QSparseTrainerMixin
@@ -101,8 +103,6 @@ def load_model(arguments: RunArguments, trained: str | None = None) -> PreTraine
         return model
     if trained:
         return PeftModel.from_pretrained(model, trained, is_trainable=True)
-    if Path(source).is_dir():  # adapters name their base, and are loaded from other places
-        model.name_or_path = str(Path(source).resolve())
     with user_errors("lora"):
         return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM"} | arguments.lora))
 
@@ -180,6 +180,9 @@ def _run(recipe: Recipe, resume: str | None, control: list[dict[str, float]], na
         "sequence_length": recipe.data.sequence_length,
         "lora": recipe.run.lora,
     }
+    trainer.settings = non_defaults(recipe.run) | non_defaults(recipe.data)
+    sources = (source.dataset for source in recipe.data.train_sources)
+    trainer.datasets = tuple(name for name in sources if name and is_repository_id(name))
     if finished or arguments.max_steps == 0:
         for callback in get_reporting_integration_callbacks(arguments.report_to):  # they log what is trained
             trainer.remove_callback(callback)
@@ -206,6 +209,8 @@ def _run(recipe: Recipe, resume: str | None, control: list[dict[str, float]], na
     _save_losses(trainer, control)
     if trainer.is_world_process_zero():
         write_training_report(trainer.state, _output_dir(arguments), title=Path(name).stem)
+    with user_errors(arguments.output_dir):
+        trainer.create_model_card()  # again, with what was measured since the model was saved
     return trainer
 
 

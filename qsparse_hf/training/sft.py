@@ -48,13 +48,10 @@ class QSparseSFTConfig(QSparseArguments, SFTConfig):
             raise UserError("distill_from is for language modelling: TRL's loss never has the logits in memory")
 
 
-class QSparseSFTTrainer(QSparseTrainerMixin, SFTTrainer):
+class QSparseSFTTrainer(QSparseTrainerMixin, SFTTrainer):  # type: ignore[misc]  # create_model_card
     """TRL's `SFTTrainer` with what `QSparseTrainerMixin` adds."""
 
     arguments_class = QSparseSFTConfig
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """Writes none: TRL's names neither the model it came from nor how a Q-Sparse model is loaded."""
 
 
 _TOKENS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}

@@ -6,11 +6,13 @@ parent, what is logged, and checkpoints that are whole or not there.
 
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub.constants import REPOCARD_NAME
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer
@@ -18,13 +20,14 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
-from ..checkpoint import DTYPES
+from ..checkpoint import CONFIG, DTYPES
 from ..errors import UserError
+from ..losses import eval_losses, losses
+from ..model_card import Run, duration, find_origin, hardware, keeps_card, non_defaults, write_card
 from ..report import projections, sparsity_report
 from .arguments import QSparseArguments, QSparseTrainingArguments
 from .distillation import forward_kl, load_teacher, require_same_vocabulary
 from .faults import Heartbeat, checkpoint_facts, whole_checkpoint
-from .losses import eval_losses, losses
 from .schedule import SparsityRamp
 from .sharding import has_shards, load_sharded_optimizer, without_shards
 from .streaming import PackedStream, StreamProgress
@@ -68,6 +71,8 @@ class QSparseTrainerMixin(_Trainer):
             `control_loss` and so on.
         facts: what a checkpoint must agree on for a run to go on from it, beside the model, the seed and the rows of an
             update; add to it before `train`.
+        settings: what the model's card tells of the run beside the trainer's arguments: fields of a recipe.
+        datasets: Hub ids of what is trained on, for the card.
     """
 
     arguments_class: type[QSparseArguments] = QSparseTrainingArguments
@@ -96,6 +101,8 @@ class QSparseTrainerMixin(_Trainer):
         self.facts: dict[str, object] = {}
         self._cast_to: str | None = None
         self.control_history: list[dict[str, float]] = []
+        self.settings: Mapping[str, Any] = {}
+        self.datasets: tuple[str, ...] = ()
         self._teacher: PreTrainedModel | None = None
         if model is not None and not isinstance(model, str):
             self._find_teacher(model, args)  # before anything is written
@@ -136,6 +143,9 @@ class QSparseTrainerMixin(_Trainer):
         if self.args.sparsity_ramp_steps and not hasattr(model, "scale_sparsity"):
             raise UserError(f"sparsity_ramp_steps needs a Q-Sparse model, got {type(model).__name__}")
         self._text_config = model.config.get_text_config()
+        for adapters in getattr(model, "peft_config", {}).values():  # they will be loaded from somewhere else
+            if os.path.isdir(base := adapters.base_model_name_or_path or ""):
+                adapters.base_model_name_or_path = os.path.abspath(base)
         if self.args.ddp_find_unused_parameters is None:  # experts that no token reached have no gradient
             self.args.ddp_find_unused_parameters = number_of_experts(self._text_config) > 0
         self._measures = self.args.log_sparsity and any(True for _ in projections(model))
@@ -328,24 +338,88 @@ class QSparseTrainerMixin(_Trainer):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As in Transformers, in `save_dtype` where the trained model is saved."""
-        if self._cast_to is None:
-            super()._save(output_dir, state_dict)
-            return
-        dtype = DTYPES[self._cast_to]
+        """As in Transformers, the trained model in `save_dtype`, and with a card in the place of the one that PEFT writes; a
+        person's stays as it is.
+        """
+        folder = Path(output_dir or self._get_output_dir(trial=None))
+        writes = self.args.should_save
+        kept = (folder / REPOCARD_NAME).read_bytes() if writes and keeps_card(folder) else None
         model = self.accelerator.unwrap_model(self.model)
+        super()._save(output_dir, self._narrowed(model, state_dict) if self._cast_to else state_dict)
+        if not writes:
+            return
+        if self._cast_to and not hasattr(model, "peft_config"):  # Transformers writes down the dtype in memory
+            config = folder / CONFIG
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": self._cast_to}, indent=2) + "\n")
+        (folder / REPOCARD_NAME).unlink(missing_ok=True)
+        if kept is not None:
+            (folder / REPOCARD_NAME).write_bytes(kept)
+        self._write_card(folder)
+
+    def _narrowed(self, model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The state dict with its weights in `save_dtype`; of a model with adapters, these alone."""
         adapters = {name for name, weight in model.named_parameters() if weight.requires_grad}
-        if not hasattr(model, "peft_config"):
-            adapters = set()
+        whole = not hasattr(model, "peft_config")
         done: dict[tuple, Tensor] = {}  # weights with two names stay one
         state_dict = dict(model.state_dict() if state_dict is None else state_dict)
         for name, weight in state_dict.items():
-            if weight.is_floating_point() and (not adapters or name in adapters):
-                state_dict[name] = done.setdefault((weight.data_ptr(), weight.shape), weight.to(dtype))
-        super()._save(output_dir, state_dict)
-        config = Path(output_dir or cast(str, self.args.output_dir)) / "config.json"
-        if self.args.should_save and not adapters:  # Transformers writes down the dtype of the model in memory
-            config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": self._cast_to}, indent=2) + "\n")
+            if weight.is_floating_point() and (whole or name in adapters):
+                narrow = weight.to(DTYPES[cast(str, self._cast_to)])
+                state_dict[name] = done.setdefault((weight.data_ptr(), weight.shape), narrow)
+        return state_dict
+
+    def create_model_card(  # type: ignore[override]  # those of Transformers' and of TRL's arguments that say something
+        self,
+        model_name: str | None = None,
+        tags: str | list[str] | None = None,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        finetuned_from: str | None = None,
+        dataset_tags: str | list[str] | None = None,
+    ) -> None:
+        """Write the model's card into `output_dir`, unless a person wrote one; what is given wins over what is found.
+
+        Args:
+            model_name: in the place of the folder's.
+            tags: beside those of Q-Sparse models.
+            language: of the model, `en` for instance.
+            license: in the place of the base model's.
+            finetuned_from: the base model's Hub id.
+            dataset_tags: Hub ids of the training data.
+        """
+        if self.is_world_process_zero():
+            given = {"tags": tags, "language": language, "license": license, "base_model": finetuned_from}
+            given |= {"datasets": dataset_tags, "model_name": model_name}
+            self._write_card(Path(self._get_output_dir(trial=None)), **given)
+
+    def _write_card(self, folder: Path, **metadata: Any) -> None:
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        adapters = next(iter(getattr(model, "peft_config", {}).values()), None)
+        base = self.settings.get("model") or (adapters and adapters.base_model_name_or_path)
+        if base is None and "config" not in self.settings:
+            base = model.config._name_or_path
+        derived = ["dataloader_pin_memory", "resume_from_checkpoint"]
+        derived += ["gradient_accumulation_steps"] if self.args.global_batch_size else []
+        run = Run(
+            settings=dict(self.settings) | non_defaults(self.args, without=derived),
+            history=self.state.log_history,
+            facts=self._card_facts(),
+            datasets=self.datasets,
+        )
+        output_dir = Path(self._get_output_dir(trial=None)).resolve()
+        write_card(folder, model, find_origin(base) if base else None, run, name=output_dir.name, **metadata)
+
+    def _card_facts(self) -> dict[str, str]:
+        state = self.state
+        seen = {name: value for entry in state.log_history for name, value in entry.items()}
+        facts = {"updates": f"{state.global_step:,} of {self.args.rows_per_update:,} sequences"}
+        if "tokens_seen" in seen:
+            facts["tokens"] = f"{seen['tokens_seen']:,}"
+        facts["hardware"] = hardware(self.args.device, self.args.world_size)
+        if "train_runtime" in seen:
+            since = ", since it last went on from a checkpoint" if self.args.resume_from_checkpoint else ""
+            facts["wall time"] = f"{duration(seen['train_runtime'])}{since}"
+        return facts
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled or not has_shards(resume_from_checkpoint):

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainerState
 
+from ..losses import eval_losses
 from ..modeling.configuration_qsparse import GROUPS
-from .losses import eval_losses
 
 REPORT = "training_report.html"
 

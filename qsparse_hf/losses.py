@@ -12,6 +12,12 @@ def eval_losses(logs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in logs.items() if _EVAL_LOSS.fullmatch(name)}
 
 
+def text_of(name: str) -> str:
+    """The text whose loss is called `name`; empty where it has no name."""
+    found = _EVAL_LOSS.fullmatch(name)
+    return ((found and found[1]) or "").removesuffix("_")
+
+
 def losses(logs: Mapping[str, Any]) -> dict[str, Any]:
     """What in a log entry can be held against another run's: `loss`, and `eval_losses` with their initial values."""
     return {
