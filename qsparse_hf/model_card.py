@@ -208,9 +208,13 @@ def render_card(name: str, model: Any, origin: Origin | None, run: Run | None = 
     rows = _sparsity_rows(model, seen)
     total, activated = (sum(row[key] for row in rows) for key in ("weights", "activated"))
     sparse = isinstance(config, QSparseConfigMixin)
+    dense = activated == total
     metadata = {key: value for key, value in metadata.items() if value is not None}
     tags = metadata.pop("tags", None) or []
-    tags = [*(["q-sparse", "activation-sparsity"] if sparse else []), *([tags] if isinstance(tags, str) else tags)]
+    tags = [
+        *(["q-sparse", "activation-sparsity"] if sparse and not dense else []),
+        *([tags] if isinstance(tags, str) else tags),
+    ]
     base = None
     if origin is not None:  # adapters fit that very model alone, not the one that it was made from
         base = origin.repository if origin.is_repository or not adapters else None
@@ -231,6 +235,7 @@ def render_card(name: str, model: Any, origin: Origin | None, run: Run | None = 
         template_path=str(_TEMPLATE),
         name=title,
         model_id=name,
+        dense=dense,
         sparsity=[_shown(row) for row in rows] if sparse else None,
         measured=any(row["measured"] is not None for row in rows),
         block=getattr(config, "sparsity_block_size", None),

@@ -3,9 +3,7 @@
 import shutil
 
 import pytest
-import torch
 from conftest import dense_config, make
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qsparse_hf.cli import main
@@ -63,19 +61,6 @@ def test_sampling_follows_the_seed(tiny_checkpoint):
         Chat(str(tiny_checkpoint), temperature=2.0, seed=seed, max_new_tokens=20).answer("hello") for seed in (1, 1, 2)
     )
     assert first == same != other
-
-
-def test_adapters_are_merged(tiny_checkpoint, tiny_tokenizer, tmp_path):
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_checkpoint), LoraConfig(r=4))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    adapted.save_pretrained(tmp_path / "adapters")
-    tiny_tokenizer.save_pretrained(tmp_path / "adapters")
-    expected = said_by(tiny_checkpoint, "hello", model=adapted.merge_and_unload())
-    assert expected != said_by(tiny_checkpoint, "hello")
-    assert Chat(str(tmp_path / "adapters"), max_new_tokens=8).answer("hello") == expected
 
 
 def test_a_conversation_goes_on_until_it_ends(chat_checkpoint, capsys, monkeypatch):

@@ -130,8 +130,14 @@ def test_a_run_writes_what_it_was_and_what_it_measured(trained):
     assert recipe["train_data"] == [str(trained / "text.txt")]
     assert recipe["max_steps"] == 2
     written = yaml.safe_load((trained / "run.yaml").read_text())
-    assert recipe.keys() - {"stage"} <= written.keys()
+    assert recipe.keys() - {"stage", "eval_on_start"} <= written.keys()
     assert "hf_secret" not in str(card)
+
+
+def test_the_control_is_called_dense(trained):
+    card = read(trained / "out" / "control")
+    assert "A dense model of 78,144 parameters, in the form of a Q-Sparse one" in card.text
+    assert card.data.tags is None
 
 
 def test_every_checkpoint_has_one(trained):

@@ -338,8 +338,8 @@ class QSparseTrainerMixin(_Trainer):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As in Transformers, the trained model in `save_dtype`, and with a card in the place of the one that PEFT writes; a
-        person's stays as it is.
+        """As in Transformers, the trained model in `save_dtype`, and with a card in the place of the one that PEFT
+        writes; a person's stays as it is.
         """
         folder = Path(output_dir or self._get_output_dir(trial=None))
         writes = self.args.should_save
