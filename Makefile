@@ -11,8 +11,8 @@ quickstart: $(READY)
 
 # Kernels in Triton's interpreter are thousands of small calls, each of which coverage would trace: twice the time.
 test: $(READY)
-	$(PYTEST) -k "not triton-cpu" --cov --cov-report term:skip-covered
-	$(PYTEST) -k triton-cpu
+	$(PYTEST) -m "not interpreted" --cov --cov-report term:skip-covered
+	$(PYTEST) -m interpreted
 
 # What must hold on every Transformers that pip may choose.
 test-oldest test-newest: test-%: .venv-%/.ready

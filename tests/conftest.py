@@ -234,6 +234,9 @@ def tokens() -> Tensor:
 
 
 def pytest_collection_modifyitems(config, items) -> None:
+    for item in items:
+        if "triton-cpu" in item.name or "replays" in item.fixturenames:
+            item.add_marker("interpreted")
     if not torch.cuda.is_available():
         items[:] = [item for item in items if "gpu" not in item.keywords]
 

@@ -511,6 +511,7 @@ def test_the_readme_examples_run_one_after_the_other(tmp_path, tiny_tokenizer):
     assert before.strip() == after.strip()  # prepared for decoding, the same tokens
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("family", ["qwen2", "phi3", "gemma3_text"])
 def test_a_model_computes_the_same_on_the_kernels(family, tokens, monkeypatch):
     """Through Triton's interpreter where there is no GPU."""
@@ -597,6 +598,7 @@ def test_exports_as_dense_llama_does(sparsity, gradients, tokens):
     assert_close(program.module()(tokens, use_cache=False).logits, model(tokens).logits)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("sparsity", "gradients", "recomputed"), [(0.5, True, 2), (0.5, False, 0), (0, True, 0)])
 def test_compiled_training_selects_again_for_backward(sparsity, gradients, recomputed, tokens, monkeypatch):
     """In each layer, from the attention's output; on a GPU `test_gpu.py` measures the memory that saves."""

@@ -64,6 +64,7 @@ def test_at_sparsity_zero_as_dense(family, dtype, prepared, tokens):
             assert torch.equal(*(generated(model, tokens[:1, :10], family, **way) for model in (sparse, dense)))
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("padding", [0, 3])
 def test_a_step_that_a_graph_replays(family, padding, tokens, monkeypatch):
     """Where there is a GPU; its kernels, through Triton's interpreter, and none of its launches."""
