@@ -37,6 +37,13 @@ def convert(arguments: argparse.Namespace) -> None:
     print(("would write " if arguments.dry_run else "wrote ") + str(plan))
 
 
+def calibrate(arguments: argparse.Namespace) -> None:
+    from .calibration import calibrate_checkpoint
+
+    settings = {key: value for key, value in vars(arguments).items() if key != "run"}
+    print(f"wrote {calibrate_checkpoint(**settings)}")
+
+
 def train(arguments: argparse.Namespace) -> None:
     from .losses import eval_losses
     from .training.run import train
@@ -204,6 +211,21 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     p.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     p.add_argument("--dry-run", action="store_true", help="print what would be written and stop")
+
+    p = verb(
+        calibrate,
+        "Convert a dense checkpoint with a ratio for each projection group and layer, found on text without training.",
+        "qsparse calibrate mistralai/Mistral-7B-v0.1 mistral-7b-40 --text README.md notes.jsonl.gz --sparsity 0.4",
+    )
+    p.add_argument("source", help="folder or Hub id of the dense checkpoint")
+    p.add_argument("output", help="folder to write")
+    p.add_argument("--text", nargs="+", required=True, metavar="TEXT", help="files, or ids of datasets on the Hub")
+    p.add_argument("--sparsity", type=float, default=0.5, help="of all projections together (default %(default)s)")
+    p.add_argument("--block-size", type=int, metavar="M", help="top-K inside every M features (default: over all)")
+    p.add_argument("--tokens", type=int, default=32768, help="at most this many of the text (default %(default)s)")
+    p.add_argument("--device", help="cuda or cpu (default: a GPU where there is one)")
+    p.add_argument("--dtype", default="auto", help="to calibrate in; the output keeps its own (default: the same)")
+    p.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
 
     p = verb(
         train,

@@ -426,11 +426,11 @@ class Suite:
             UserError: a text, pairs or a task cannot be read or run.
         """
         for name, source in self.texts.items():
-            texts = (row["text"] for row in _good_rows(source))
+            texts = (row["text"] for row in good_rows(source))
             with user_errors(name):
                 yield name, evaluate_perplexity(model, texts, tokenizer, self.protocol, self.batch_size, progress=name)
         for name, source in self.pairs.items():
-            rows = ((row["system"] or "", row["prompt"], row["completion"]) for row in _good_rows(source))
+            rows = ((row["system"] or "", row["prompt"], row["completion"]) for row in good_rows(source))
             with user_errors(name):
                 yield name, evaluate_pairs(model, rows, tokenizer, self.batch_size, progress=name)
         for task in self.tasks:
@@ -450,12 +450,12 @@ def _named(written: Sequence[str], columns: dict[str, str] | None = None) -> dic
         name = name or (source.dataset or Path(source.files[0]).name.partition(".")[0])
         if name in sources:
             raise UserError(f"two texts are named {name!r}; put another name before one of them, as in other={place}")
-        next(_good_rows(source))  # to see that it is there
+        next(good_rows(source))  # to see that it is there
         sources[name] = source
     return sources
 
 
-def _good_rows(source: Source) -> Iterator[dict[str, Any]]:
+def good_rows(source: Source) -> Iterator[dict[str, Any]]:
     """The rows that can be read; what is wrong with the others is said once."""
     check = RowCheck(skip=True)
     documents, _ = read_documents([source], streaming=False, seed=0)  # a stream's order would be drawn

@@ -24,7 +24,7 @@ ORDER = [
     {"gguf_file", "model_card", "training.data", "training.faults", "training.schedule", "training.training_report"},
     {"conversion", "hub"},
     {"bench", "evaluation", "generate", "training.chat", "training.streaming"},
-    {"comparison", "training.trainer"},
+    {"calibration", "comparison", "training.trainer"},
     {"training.__init__", "training.sft"},
     {"training.recipe"},
     {"training.control"},
