@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import ConversionPlan, convert_checkpoint
 from .errors import UserError, user_errors
@@ -268,12 +268,7 @@ def calibrate_checkpoint(
     window = min(1024, config.max_position_embeddings)
     if tokens < 4 * window:
         raise UserError(f"tokens must be at least 4 windows of {window}, got {tokens}")
-    ids: list[int] = []
-    for place in suite.texts.values():
-        for row in good_rows(place):
-            if len(ids) >= tokens:
-                break
-            ids += tokenizer(row["text"], verbose=False)["input_ids"]
+    ids = _tokens(suite, tokenizer, tokens)
     if len(ids) < 4 * window:
         raise UserError(f"the text holds {len(ids):,} tokens, and calibration needs at least {4 * window:,}")
     rows = torch.tensor(ids[: min(tokens, len(ids)) // window * window]).view(-1, window)
@@ -290,6 +285,17 @@ def calibrate_checkpoint(
     with user_errors(output):
         Path(output, FILE).write_text(json.dumps(facts | {"importance": found.importance}, indent=2) + "\n")
     return plan
+
+
+def _tokens(suite: Suite, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[int]:
+    """As many from each text, from its first document on."""
+    ids: list[int] = []
+    for number, place in enumerate(suite.texts.values(), start=1):
+        for row in good_rows(place):
+            if len(ids) >= tokens * number // len(suite.texts):
+                break
+            ids += tokenizer(row["text"], verbose=False)["input_ids"]
+    return ids
 
 
 def _compare(found: Calibration, model: PreTrainedModel, rows: Tensor, sparsities: list[float]) -> dict[str, Any]:

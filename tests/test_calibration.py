@@ -88,7 +88,7 @@ def test_the_command_converts_at_the_ratios(tmp_path, tiny_tokenizer, capsys):
     make(dense_config("llama", max_position_embeddings=32)).save_pretrained(tmp_path / "dense")
     tiny_tokenizer.save_pretrained(tmp_path / "dense")
     text = tmp_path / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    text.write_text("\n".join(["the quick brown fox jumps over the lazy dog."] * 20))
     source, output = str(tmp_path / "dense"), tmp_path / "sparse"
     command = ["calibrate", source, str(output), "--text", str(text), "--sparsity", "0.45", "--tokens", "256"]
     assert main(command) == 0
