@@ -211,10 +211,9 @@ def render_card(name: str, model: Any, origin: Origin | None, run: Run | None = 
     dense = activated == total
     metadata = {key: value for key, value in metadata.items() if value is not None}
     tags = metadata.pop("tags", None) or []
-    tags = [
-        *(["q-sparse", "activation-sparsity"] if sparse and not dense else []),
-        *([tags] if isinstance(tags, str) else tags),
-    ]
+    tags = [tags] if isinstance(tags, str) else [*tags]
+    if sparse and not dense:
+        tags = ["q-sparse", "activation-sparsity", *tags]
     base = None
     if origin is not None:  # adapters fit that very model alone, not the one that it was made from
         base = origin.repository if origin.is_repository or not adapters else None

@@ -35,15 +35,18 @@ def run_config(tmp_path_factory, tiny_checkpoint) -> Path:
     folder = tmp_path_factory.mktemp("run")
     lines = [json.dumps({"text": f"{i} times {i} makes {i * i}. " * (i % 9 + 1)}) for i in range(120)]
     (folder / "train.jsonl").write_text("\n".join(lines))
+    (folder / "eval.txt").write_text("7 and 8 make 15. " * 16)
     config = {
         "model": str(tiny_checkpoint),
         "train_data": [str(folder / "train.jsonl")],
+        "eval_data": [str(folder / "eval.txt")],
         "streaming": True,
         "shuffle_window": 10,
         "sequence_length": 64,
         "max_steps": 6,
         "global_batch_size": 4,
         "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 1,  # Transformers averages over batches, which processes fill differently
         "learning_rate": 1e-3,
         "sparsity_ramp_steps": 4,
         "sparsity_ramp_levels": 2,
@@ -79,8 +82,11 @@ def logged(folder: Path, name: str) -> list[float]:
     return [entry[name] for entry in history if "loss" in entry]
 
 
-# With DDP the data is a stream, with FSDP2 it is prepared on disk.
-OPTIONS = {"ddp": "streaming=true", "fsdp2": "streaming=false"}
+# With DDP the data is a stream; with FSDP2 it is prepared on disk, there is a control, and the model is saved in bf16.
+OPTIONS = {
+    "ddp": ["streaming=true"],
+    "fsdp2": ["streaming=false", "control=true", "eval_on_start=true", "save_dtype=bfloat16"],
+}
 
 
 @pytest.fixture(scope="module", params=COMMANDS)
@@ -92,7 +98,7 @@ def engine(request) -> str:
 def alone(run_config, engine, tmp_path_factory) -> Path:
     """The run in one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    train(str(run_config), [f"output_dir={folder}", OPTIONS[engine]])
+    train(str(run_config), [f"output_dir={folder}", *OPTIONS[engine]])
     return folder
 
 
@@ -100,7 +106,7 @@ def alone(run_config, engine, tmp_path_factory) -> Path:
 def together(run_config, engine, tmp_path_factory) -> Path:
     """The run in two processes."""
     folder = tmp_path_factory.mktemp(engine) / "run"
-    finish(torchrun(2, engine, run_config, f"output_dir={folder}", OPTIONS[engine]))
+    finish(torchrun(2, engine, run_config, f"output_dir={folder}", *OPTIONS[engine]))
     return folder
 
 
@@ -108,14 +114,20 @@ def assert_same(alone: Path, folder: Path) -> None:
     assert logged(folder, "loss") == pytest.approx(logged(alone, "loss"), rel=LOSS_TOLERANCE)
     assert logged(folder, "tokens_seen") == logged(alone, "tokens_seen")
     assert logged(folder, "sparsity/all") == pytest.approx(logged(alone, "sparsity/all"))
-    expected, actual = (load_file(path / "model.safetensors") for path in (alone, folder))
+    expected, actual = (load_file(path / "checkpoint-6" / "model.safetensors") for path in (alone, folder))
     assert expected.keys() == actual.keys()
     for name in expected:
         assert_close(actual[name], expected[name])
+    expected, actual = (json.loads((path / "all_results.json").read_text()) for path in (alone, folder))
+    losses = [name for name in expected if name.endswith("eval_loss")]
+    assert [actual[name] for name in losses] == pytest.approx([expected[name] for name in losses], rel=LOSS_TOLERANCE)
 
 
-def test_two_processes_train_like_one(alone, together):
+def test_two_processes_train_like_one(alone, together, engine):
     assert_same(alone, together)
+    if engine == "fsdp2":
+        assert_same(alone / "control", together / "control")
+        assert "control_initial_eval_loss" in json.loads((together / "all_results.json").read_text())
 
 
 def test_a_checkpoint_loads_anywhere(engine, together, tokens):
@@ -124,8 +136,11 @@ def test_a_checkpoint_loads_anywhere(engine, together, tokens):
     assert has_shards(checkpoint) == (engine == "fsdp2")
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert type(model).__name__ == "QSparseLlamaForCausalLM"
-    final = AutoModelForCausalLM.from_pretrained(together)
-    assert torch.equal(model(tokens).logits, final(tokens).logits)
+    assert model.dtype == torch.float32
+    final = AutoModelForCausalLM.from_pretrained(together, dtype="auto")
+    assert final.dtype == (torch.bfloat16 if engine == "fsdp2" else torch.float32)
+    same = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=final.dtype)
+    assert torch.equal(same(tokens).logits, final(tokens).logits)
 
 
 def stopped_half_way(run: Path, folder: Path) -> str:
@@ -137,7 +152,7 @@ def stopped_half_way(run: Path, folder: Path) -> str:
 
 def test_two_processes_go_on_as_one(run_config, engine, alone, together, tmp_path):
     stopped = stopped_half_way(together, tmp_path / "run")
-    train(str(run_config), [stopped, OPTIONS[engine], "resume_from_checkpoint=last"])
+    train(str(run_config), [stopped, *OPTIONS[engine], "resume_from_checkpoint=last"])
     assert_same(alone, tmp_path / "run")
 
 
@@ -146,13 +161,13 @@ def test_one_process_goes_on_as_two_and_shards_as_fewer(run_config, engine, alon
     if engine == "ddp" and Version(transformers.__version__) < Version("5.23"):
         pytest.skip("earlier ones restore no optimizer in several CPU processes (device cpu:0); on GPUs they do")
     stopped = stopped_half_way(before, tmp_path / "run")
-    finish(torchrun(processes, engine, run_config, stopped, OPTIONS[engine], "resume_from_checkpoint=last"))
+    finish(torchrun(processes, engine, run_config, stopped, *OPTIONS[engine], "resume_from_checkpoint=last"))
     assert_same(alone, tmp_path / "run")
 
 
 def test_what_cannot_go_on_is_named(run_config, engine, alone, tmp_path):
     stopped = stopped_half_way(alone, tmp_path / "run")
-    options = [stopped, OPTIONS[engine], "resume_from_checkpoint=last"]
+    options = [stopped, *OPTIONS[engine], "resume_from_checkpoint=last", "control=false"]
     with pytest.raises(UserError, match="a run with rows_per_update 4, and a run with 8 would be another one"):
         train(str(run_config), [*options, "global_batch_size=8"])
     if engine == "fsdp2":

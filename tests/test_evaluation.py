@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -256,19 +257,22 @@ def test_a_task_of_ones_own(local_task, tiny_checkpoint, tmp_path, capsys):
     assert f"| {sum(right) / 4:.3f} ± " in capsys.readouterr().out
 
 
-def test_lm_eval_loads_our_checkpoints(local_task, tiny_checkpoint, capsys, monkeypatch):
-    """`lm_eval --model hf`, with the package imported: no flag is needed, and the numbers are ours."""
-    lm_eval = pytest.importorskip("lm_eval.__main__")
+def test_lm_eval_loads_our_checkpoints(local_task, tiny_checkpoint):
+    """`lm_eval --model hf`, with the package imported: no flag is needed."""
+    lm_eval = pytest.importorskip("lm_eval")
     file, _ = local_task
     model = f"pretrained={tiny_checkpoint},dtype=float32"
-    arguments = ["--model", "hf", "--model_args", model, "--tasks", str(file), "--device", "cpu", "--batch_size", "2"]
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
-    lm_eval.cli_evaluate()
-    assert "|grammar|" in capsys.readouterr().out
+    tasks = lm_eval.tasks.TaskManager(include_defaults=False)  # all others take seconds to read
+    options = {"tasks": [str(file)], "device": "cpu", "batch_size": 2, "task_manager": tasks}
+    assert "acc,none" in lm_eval.simple_evaluate("hf", model, **options)["results"]["grammar"]
 
 
-def test_names_of_tasks():
-    pytest.importorskip("lm_eval")
+def test_names_of_tasks(monkeypatch):
+    lm_eval = pytest.importorskip("lm_eval")
+    folders = ("arc", "hellaswag", "mmlu/default", "winogrande", "truthfulqa", "blimp")  # all take seconds to read
+    places = [str(Path(lm_eval.__file__).parent / "tasks" / folder) for folder in folders]
+    some = lm_eval.tasks.TaskManager(include_defaults=False, include_path=places)
+    monkeypatch.setattr("qsparse_hf.tasks._manager", lambda defaults: some)
     shots = {task.name: task.shots for task in find_tasks(["paper", "blimp", "hellaswag:3"])}
     assert shots == {
         "arc_challenge": 25,

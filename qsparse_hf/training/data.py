@@ -91,14 +91,15 @@ def texts_by_name(eval_data: list[str] | dict[str, Any]) -> dict[str, Any]:
     if eval_data.keys() & {"files", "dataset"}:  # a source
         return {"": [eval_data]}
     for name in eval_data:
-        if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_]+", name):
             raise UserError(f"eval_data names texts by letters, digits and _, got {shortened(repr(name))}")
     return {name: sources if isinstance(sources, list) else [sources] for name, sources in eval_data.items()}
 
 
 def _parse_sources(field_name: str, written: Any) -> list[Source]:
-    sources = [json.dumps(source) if isinstance(source, dict) else source for source in written]
-    if not isinstance(written, list) or not sources or not all(isinstance(source, str) for source in sources):
+    sources = written if isinstance(written, list) else []
+    sources = [json.dumps(source) if isinstance(source, dict) else source for source in sources]
+    if not sources or not all(isinstance(source, str) for source in sources):
         raise UserError(f"{field_name} must be a list of data sources, each as text, got {written!r}")
     return [Source.parse(source) for source in sources]
 

@@ -182,7 +182,7 @@ def _run(recipe: Recipe, resume: str | None, control: list[dict[str, float]], na
     }
     trainer.settings = non_defaults(recipe.run) | non_defaults(recipe.data)
     sources = (source.dataset for source in recipe.data.train_sources)
-    trainer.datasets = tuple(name for name in sources if name and is_repository_id(name))
+    trainer.datasets = tuple(each for each in sources if each and is_repository_id(each))
     if finished or arguments.max_steps == 0:
         for callback in get_reporting_integration_callbacks(arguments.report_to):  # they log what is trained
             trainer.remove_callback(callback)
