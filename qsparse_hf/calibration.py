@@ -34,7 +34,7 @@ from .loading import check_dtype, find_device, load_checkpoint
 from .measure import print_table
 from .modeling.configuration_qsparse import GROUPS, QSparseConfigMixin
 from .modeling.sparsify import magnitude, topk_sparsify
-from .modeling.sparsity import check_sparsity, kept_features
+from .modeling.sparsity import kept_features
 from .report import evaluating, projections
 
 GRID = tuple(step / 100 for step in range(96))
@@ -134,7 +134,7 @@ def calibrate(model: PreTrainedModel, rows: Tensor, block_size: int | None = Non
             parameters[group] += linear.weight.numel() if layer == 0 else 0
             if (group, layer) not in sums:  # the projections of a group read the same input
                 sums[group, layer] = torch.zeros(len(GRID), dtype=torch.float64, device=linear.weight.device)
-                hook = _CostOfDropping(sums[group, layer], block_size)
+                hook = _CostOfDropping(sums[group, layer], block_size or linear.in_features)
                 stack.callback(linear.register_forward_pre_hook(hook).remove)
         if not sums:
             raise ValueError(f"{type(model).__name__} is of no family whose projections are known")
@@ -166,8 +166,10 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
 class _CostOfDropping:
     """A forward pre-hook that adds to `total` `[S]`, in the backward pass, what a token's dropped features cost."""
 
-    def __init__(self, total: Tensor, block_size: int | None) -> None:
-        self.total, self.block_size = total, block_size
+    def __init__(self, total: Tensor, block: int) -> None:
+        self.total, self.block = total, block
+        dropped = [block - kept_features(block, sparsity) for sparsity in GRID]
+        self.dropped = torch.tensor(dropped, device=total.device)  # once: it is read in every backward pass
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> None:
         x = args[0]
@@ -175,12 +177,10 @@ class _CostOfDropping:
 
     def add(self, x: Tensor, gradient: Tensor) -> None:
         """Of an input `[..., D]` and the gradient there."""
-        block = self.block_size or x.shape[-1]
-        x, gradient = (each.reshape(-1, each.shape[-1] // block, block) for each in (x, gradient))
+        x, gradient = (each.reshape(-1, each.shape[-1] // self.block, self.block) for each in (x, gradient))
         order = magnitude(x.contiguous()).argsort(dim=-1)
         lost = (gradient.float() * x.float()).gather(-1, order).sum(1).cumsum(-1)  # [T, M], the smallest first
-        dropped = torch.tensor([block - kept_features(block, sparsity) for sparsity in GRID], device=x.device)
-        at_grid = torch.where(dropped > 0, lost[:, (dropped - 1).clamp_min(0)], 0)
+        at_grid = torch.where(self.dropped > 0, lost[:, (self.dropped - 1).clamp_min(0)], 0)
         self.total += at_grid.double().square().sum(0) / 2
 
 
@@ -205,7 +205,6 @@ def loss_at(model: PreTrainedModel, ratios: Mapping[str, list[float]], rows: Ten
 
 def refined(calibration: Calibration, model: PreTrainedModel, rows: Tensor, sparsity: float) -> Calibration:
     """The calibration whose groups weigh what gives the lowest loss on `rows` at that sparsity; coordinate search."""
-    best, free = math.inf, GROUPS[:-1]  # only their proportions count
     with tqdm(desc="weighing groups", unit="try") as progress:
 
         def tried(candidate: Calibration) -> float:
@@ -214,7 +213,7 @@ def refined(calibration: Calibration, model: PreTrainedModel, rows: Tensor, spar
 
         best = tried(calibration)
         for step in _STEPS:
-            for group in free:
+            for group in GROUPS[:-1]:  # only their proportions count
                 for sign in (1, -1):
                     weight = calibration.importance[group] * math.exp(sign * step)
                     candidate = replace(calibration, importance=calibration.importance | {group: weight})
@@ -254,8 +253,6 @@ def calibrate_checkpoint(
     Raises:
         UserError: an unsuitable source, value, text or output; before the model is loaded where it can be told then.
     """
-    with user_errors("calibrate"):
-        check_sparsity(sparsity)
     if not 0 < sparsity <= 0.9:
         raise UserError(f"sparsity must be above 0 and at most 0.9 to be calibrated, got {sparsity}")
     find_device(device)
@@ -281,7 +278,7 @@ def calibrate_checkpoint(
     print("ratios: " + ", ".join(f"{group} {mean:.3f}" for group, mean in means.items()) + " (means over layers)")
     ratios = found.ratios(sparsity)
     plan = convert_checkpoint(source, output, overwrite=overwrite, sparsity_per_projection=ratios, **fields)
-    facts = {"tokens": rows.numel(), "sparsity": sparsity, "sparsity_per_projection": ratios, "losses": losses}
+    facts = {"tokens": found.tokens, "sparsity": sparsity, "sparsity_per_projection": ratios, "losses": losses}
     with user_errors(output):
         Path(output, FILE).write_text(json.dumps(facts | {"importance": found.importance}, indent=2) + "\n")
     return plan
@@ -312,12 +309,9 @@ def _compare(found: Calibration, model: PreTrainedModel, rows: Tensor, sparsitie
             losses[str(sparsity)] = {"dense": dense, "uniform": uniform, "calibrated": calibrated}
             before, after = math.exp(uniform) - math.exp(dense), math.exp(uniform) - math.exp(calibrated)
             removed = f"{100 * after / before:.0f} %" if before > 0 else ""
-            figures = [f"{value(loss):.{places}f}" for loss in (uniform, calibrated) for value, places in _SHAPES]
-            yield [f"{sparsity:g}", *figures, removed]
+            figures = [(f"{loss:.4f}", f"{math.exp(loss):.2f}") for loss in (uniform, calibrated)]
+            yield [f"{sparsity:g}", *figures[0], *figures[1], removed]
 
     print(f"on {rows.numel():,} tokens of the text that the ratios were not chosen on")
     print_table(["sparsity", "loss", "perplexity", "calibrated", "perplexity", "of the gap removed"], table())
     return losses
-
-
-_SHAPES = ((lambda loss: loss, 4), (math.exp, 2))
