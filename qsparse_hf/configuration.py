@@ -30,12 +30,12 @@ def check_config(source: str | Path, fields: Mapping[str, object] | None = None,
 
     check_source(source, named)
     with user_errors(named or source):
+        if Path(source, "adapter_config.json").exists():
+            raise UserError(
+                f"{named or source} holds adapters of another model; merge them into it first, with PEFT's "
+                "merge_and_unload"
+            )
         if Path(source).is_dir() and not Path(source, "config.json").exists():
-            if Path(source, "adapter_config.json").exists():
-                raise UserError(
-                    f"{named or source} holds adapters of another model; merge them into it first, with PEFT's "
-                    "merge_and_unload"
-                )
             is_a_run = any(Path(source).glob("checkpoint-*"))
             hint = "; it is an unfinished run's, name one of the checkpoints in it" if is_a_run else ""
             raise UserError(f"{named or source} holds no config.json{hint}")

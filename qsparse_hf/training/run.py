@@ -88,10 +88,6 @@ def load_model(arguments: RunArguments, trained: str | None = None) -> PreTraine
         arguments = replace(arguments, stage="continue", model=trained, config=None)
     source = arguments.source
     with user_errors(source):
-        if (Path(source) / "adapter_config.json").exists():
-            raise UserError(
-                f"{source} holds adapters of another model; merge them into it first (PEFT: merge_and_unload)"
-            )
         config, unknown = AutoConfig.from_pretrained(source, **arguments.model_fields, return_unused_kwargs=True)
         if unknown:
             raise UserError(f"model_fields: {config.model_type} has no field {next(iter(unknown))!r}")
