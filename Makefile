@@ -3,7 +3,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
-.PHONY: quickstart test test-oldest test-newest lint clean
+.PHONY: quickstart test test-oldest test-newest lint docs clean
 
 # The whole path on real text, in minutes on a CPU.
 quickstart: $(READY)
@@ -22,6 +22,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) docs
+
+# The pages; a link that leads nowhere is an error.
+docs: $(READY)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -c docs . docs/_build
+	cp docs/_build/README.html docs/_build/index.html
 
 # The environments; made anew when their description changes.
 $(READY): pyproject.toml constraints/pinned.txt
@@ -35,4 +41,4 @@ $(READY): pyproject.toml constraints/pinned.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest quickstart runs
+	rm -rf .venv .venv-oldest .venv-newest docs/_build quickstart runs

@@ -1,0 +1,53 @@
+"""How Sphinx builds the pages: `make docs`. Its source is the repository, so that links are the same here and there."""
+
+from sphinx.application import Sphinx
+
+import qsparse_hf
+
+project = "qsparse_hf"
+version = release = qsparse_hf.__version__
+html_title = f"qsparse_hf {release}"
+html_theme = "furo"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+root_doc = "README"
+include_patterns = ["README.md", "docs/*.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/NOTES.md"]
+exclude_patterns = [".*", "docs/_build", "quickstart", "runs"]  # walked otherwise
+myst_heading_anchors = 3
+html_show_copyright = False
+
+default_role = "code"  # docstrings write `name`, as Markdown does
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+
+# The README names the pages in its text; on the site they are the sidebar too.
+CONTENTS = """
+```{toctree}
+:hidden:
+
+docs/method
+docs/converting
+docs/calibrating
+docs/training
+docs/decoding
+docs/evaluating
+docs/publishing
+docs/serving
+docs/troubleshooting
+docs/api
+benchmarks/NOTES
+CONTRIBUTING
+CHANGELOG
+```
+"""
+
+
+def _add_contents(app: Sphinx, page: str, source: list[str]) -> None:
+    if page == root_doc:
+        source[0] += CONTENTS
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", _add_contents)
