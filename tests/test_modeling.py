@@ -498,19 +498,6 @@ def test_public_names():
         _ = qsparse_hf.nonsense
 
 
-def test_the_readme_examples_run_one_after_the_other(tmp_path, tiny_tokenizer):
-    make(dense_config("llama")).save_pretrained(tmp_path / "dense")
-    tiny_tokenizer.save_pretrained(tmp_path / "dense")
-    examples = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 2
-    example = "".join(examples)
-    assert "quickstart/dense" in example
-    example = example.replace("quickstart/dense", str(tmp_path / "dense"))
-    example = example.replace("runs/my-sparse-model", str(tmp_path / "sparse"))
-    before, after = run_python(example).stdout.split("def main(")[1:]
-    assert before.strip() == after.strip()  # prepared for decoding, the same tokens
-
-
 @pytest.mark.interpreted
 @pytest.mark.parametrize("family", ["qwen2", "phi3", "gemma3_text"])
 def test_a_model_computes_the_same_on_the_kernels(family, tokens, monkeypatch):
