@@ -4,6 +4,7 @@ Every line of a block without a language is a command. One that stands in no tab
 command either works here or is put into a table, with its reason.
 """
 
+import ast
 import glob
 import io
 import json
@@ -38,7 +39,7 @@ SMALLER = {
     "qsparse compare": "--tokens 1000",
     "qsparse report": "--tokens 500",
     "qsparse generate": "--max-new-tokens 8",
-    "qsparse bench": "--sparsities 0.5 --rounds 1 --new-tokens 8",
+    "qsparse bench": "--rounds 1 --new-tokens 8",
     "python benchmarks/rounding.py": "--windows 1 --step-windows 1 --window 64",
 }
 # Words that name what is not here, and what takes their place.
@@ -55,7 +56,6 @@ NOT_RUN = {
     "make test": "it runs this",
     "torchrun --nproc_per_node 2": "tests/test_distributed.py starts processes so",
     "accelerate launch": "eight GPUs; tests/test_distributed.py has two processes with the same settings",
-    "lm_eval": "as the line below it, which runs, but for who registers the model; tests/test_modeling.py loads so",
 }
 # Options of other programs that the text names.
 FOREIGN_OPTIONS = {"--help"}
@@ -105,7 +105,10 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if program == "qsparse":
         assert main(arguments) == 0
         return
-    assert program == "python", f"{program} is no program that is run here"
+    if program == "lm_eval":
+        arguments = ["-c", "from lm_eval.__main__ import cli_evaluate; cli_evaluate()", *arguments]
+    else:
+        assert program == "python", f"{program} is no program that is run here"
     code = None
     try:
         if arguments[0] == "-c":
@@ -188,6 +191,17 @@ def test_the_tables_hold_nothing_that_no_page_says():
     for table in (SMALLER, DONE_BY, NOT_RUN):
         assert table.keys() == {key for command in said if (key := beginning(command, table))} - {None}
     assert STAND_INS.keys() <= {word for command in said for word in command.split()}
+
+
+def test_the_messages_are_the_packages():
+    """Each is a part of a string in its source, where "…" stands for what is put in."""
+    said = set()
+    for file in (REPOSITORY / "qsparse_hf").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            said.add("".join(part.value if isinstance(getattr(part, "value", 0), str) else "…" for part in parts))
+    messages = re.findall("^> (.*)", (REPOSITORY / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert [message for message in messages if not any(message.strip("… ") in text for text in said)] == []
 
 
 def options(parser: ArgumentParser) -> dict[str, set[str]]:
