@@ -1,5 +1,8 @@
 """How Sphinx builds the pages: `make docs`. Its source is the repository, so that links are the same here and there."""
 
+import dataclasses
+from typing import Any
+
 from sphinx.application import Sphinx
 
 import qsparse_hf
@@ -48,6 +51,15 @@ def _add_contents(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] += CONTENTS
 
 
+def _add_fields(app: Sphinx, what: str, name: str, documented: Any, options: Any, lines: list[str]) -> None:
+    """The keys of a recipe carry what the command line says of them."""
+    for field in dataclasses.fields(documented) if what == "class" and dataclasses.is_dataclass(documented) else ():
+        if (said := field.metadata.get("help")) and field.name in documented.__annotations__:
+            default = "" if field.default is dataclasses.MISSING else f" (`{field.default}`)"
+            lines += [f"- `{field.name}`{default}: {said}", ""]
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("source-read", _add_contents)
+    app.connect("autodoc-process-docstring", _add_fields)

@@ -56,6 +56,7 @@ class QSparseTrainerMixin(_Trainer):
     """What makes a `Trainer` one for Q-Sparse models and, for the comparison, their dense twins.
 
     With every logged loss go
+
     - `tokens_seen`, `tokens_per_second` and, on hardware whose peak is known, `mfu`, all over all processes; padding is
       left out of them where `include_num_input_tokens_seen` is `non_padding`;
     - `peak_memory_gib` of this process's GPU;
