@@ -342,8 +342,7 @@ def _check(recipe: Recipe) -> None:
         )
     if arguments.torch_compile:
         with user_errors("torch_compile"):
-            backend = arguments.torch_compile_backend or "inductor"
-            torch.compile(nn.Identity(), backend=backend, mode=arguments.torch_compile_mode)
+            torch.compile(nn.Identity(), backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode)
     with user_errors("report_to"):
         get_reporting_integration_callbacks(arguments.report_to)
     if arguments.process_index == 0:
