@@ -340,9 +340,8 @@ def _check(recipe: Recipe) -> None:
             persistent_workers=arguments.dataloader_persistent_workers,
             multiprocessing_context=arguments.dataloader_multiprocessing_context,
         )
-    if arguments.torch_compile:
+    if backend := arguments.torch_compile_backend:
         with user_errors("torch_compile"):
-            backend = arguments.torch_compile_backend or "inductor"
             torch.compile(nn.Identity(), backend=backend, mode=arguments.torch_compile_mode)
     with user_errors("report_to"):
         get_reporting_integration_callbacks(arguments.report_to)

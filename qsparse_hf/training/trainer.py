@@ -135,8 +135,7 @@ class QSparseTrainerMixin(_Trainer):
         if self._teacher is None or self._teacher.dtype != dtype:
             self._teacher = load_teacher(args.distill_from, dtype, args.device)
             if args.torch_compile:  # as Accelerate does with the model
-                backend = args.torch_compile_backend or "inductor"
-                self._teacher.compile(backend=backend, mode=args.torch_compile_mode)
+                self._teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         require_same_vocabulary(self._teacher, model)
 
     def _follow(self, model: PreTrainedModel) -> None:
@@ -265,7 +264,7 @@ class QSparseTrainerMixin(_Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad():
             taught = self._teacher(**questions, use_cache=False).logits
-        kl = forward_kl(outputs.logits, taught, labels)
+        kl = forward_kl(outputs.logits, taught, labels, compile_with=self.args.torch_compile_backend)
         if num_items_in_batch is None:
             kl = kl / (labels[:, 1:] != -100).sum().clamp(min=1)
         else:  # averaged over the whole update, as the Trainer does with its own loss
