@@ -1,20 +1,45 @@
 """The plugin for vLLM from the outside, and Transformers' own server; `test_vllm.py` has vLLM itself."""
 
-from importlib.metadata import entry_points
+import inspect
+import tomllib
 from importlib.util import find_spec
+from unittest import mock
 
 import pytest
-from conftest import http_server, make, run_python, sparse_config
+import torch
+from conftest import REPOSITORY, http_server, make, run_python, sparse_config
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qsparse_hf.modeling.modeling_qsparse import QSparseAttention
+from qsparse_hf.modeling.sparsify import RMSNormSparsify
 
 needs_server = pytest.mark.skipif(find_spec("fastapi") is None, reason="needs `transformers[serving]`")
 
 
 def test_the_plugin_loads_nothing_heavy():
-    (plugin,) = entry_points(group="vllm.general_plugins", name="qsparse")
-    done = run_python(
-        f"import sys; from {plugin.module} import {plugin.attr}; print(sorted({{'vllm', 'numba'}} & set(sys.modules)))"
-    )
+    described = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    module, name = described["entry-points"]["vllm.general_plugins"]["qsparse"].split(":")
+    done = run_python(f"import sys; from {module} import {name}; print(sorted({{'vllm', 'numba'}} & set(sys.modules)))")
     assert done.stdout.strip() == "[]"
+
+
+def test_what_vllm_reads_of_our_source_is_there():
+    """It finds attention in a forward's text, and takes for RMSNorms modules of one input; `make test-vllm` runs it."""
+    source = inspect.getsource(QSparseAttention.forward)
+    assert "attend = ALL_ATTENTION_FUNCTIONS.get_interface(" in source
+    assert "attend(self, query, key, value, attention_mask, scaling=self.scaling, **options)" in source
+    assert len(inspect.signature(RMSNormSparsify.forward).parameters) == 3
+
+
+def test_attention_of_some_heads_is_refused(tokens):
+    """As tensor parallelism without gathering would have it: a top-K of a part is another model."""
+    model = make(sparse_config("llama"))
+    half = model.config.attention_size // 2
+    with (
+        mock.patch.dict(ALL_ATTENTION_FUNCTIONS._global_mapping, sdpa=lambda *a, **k: (torch.zeros(2, 24, half), None)),
+        pytest.raises(ValueError, match=f"all {2 * half} features of a token's attention, and this process has {half}"),
+    ):
+        model(tokens)
 
 
 @needs_server
