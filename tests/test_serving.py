@@ -43,6 +43,16 @@ def test_attention_of_some_heads_is_refused(tokens):
 
 
 @needs_server
+def test_a_model_that_is_not_there_is_one_line(tmp_path):
+    done = run_python(
+        "from qsparse_hf.serving.__main__ import main; import sys; main(sys.argv[1:])", tmp_path / "no", check=False
+    )
+    assert done.returncode == 1
+    assert f"error: {tmp_path / 'no'}: is no file or folder here" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@needs_server
 @pytest.mark.parametrize("options", [[], ["--continuous-batching", "--cb-num-blocks", "16"]], ids=["", "batching"])
 def test_transformers_serves(tmp_path, tiny_tokenizer, options):
     model = make(sparse_config("llama"))
