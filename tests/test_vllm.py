@@ -31,7 +31,7 @@ FIELDS = {
     "mistral": WIDE,
     "qwen2": WIDE | {"tie_word_embeddings": True},
     "qwen3": WIDE,
-    "phi3": {"hidden_size": 128},  # has no `head_dim`
+    "phi3": {"hidden_size": 128, "num_key_value_heads": 1},  # has no `head_dim`; two ranks share its key-value head
     "gemma3_text": WIDE | {"tie_word_embeddings": False},  # tied, a random one repeats its prompt's last token
 }
 SPARSITIES = {family: {"sparsity": 0.5} for family in FAMILIES} | {
