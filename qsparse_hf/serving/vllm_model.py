@@ -6,6 +6,7 @@ T tokens, H query heads, G key-value heads, d head size.
 """
 
 from torch import Tensor
+from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -41,7 +42,7 @@ class QSparseForVLLM(TransformersForCausalLM):
         ValueError: the heads do not divide among the ranks, or this vLLM has replaced a module that selects.
     """
 
-    def __init__(self, *, vllm_config, prefix: str = "") -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         for number, layer in enumerate(self.model.layers):
             if isinstance(layer, PPMissingLayer):
@@ -50,7 +51,7 @@ class QSparseForVLLM(TransformersForCausalLM):
                 if not hasattr(layer.get_submodule(group.selector), "selection"):
                     raise ValueError(f"this vLLM replaces {group.selector} of layer {number}, and with it its top-K")
 
-    def _get_attn_cls(self):
+    def _get_attn_cls(self) -> type:
         ranks = get_tensor_model_parallel_world_size()
         if ranks == 1:
             return super()._get_attn_cls()
