@@ -3,7 +3,7 @@ BIN = .venv/bin
 READY = .venv/.ready
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
-.PHONY: quickstart test test-oldest test-newest lint docs clean
+.PHONY: quickstart test test-oldest test-newest test-vllm lint docs clean
 
 # The whole path on real text, in minutes on a CPU.
 quickstart: $(READY)
@@ -17,6 +17,10 @@ test: $(READY)
 # What must hold on every Transformers that pip may choose.
 test-oldest test-newest: test-%: .venv-%/.ready
 	.venv-$*/bin/python -m pytest --numprocesses auto --maxprocesses 4 tests/test_transformers.py
+
+# That servers give what we generate: minutes, and an environment of gigabytes, so it is no part of the others.
+test-vllm: .venv-vllm/.ready
+	.venv-vllm/bin/python -m pytest tests/test_serving.py tests/test_vllm.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -40,5 +44,10 @@ $(READY): pyproject.toml constraints/pinned.txt
 	.venv-$*/bin/python -m pip install --quiet --constraint constraints/$*.txt --editable ".[test]"
 	touch $@
 
+.venv-vllm/.ready: pyproject.toml constraints/vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --requirement constraints/vllm.txt --editable .
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-newest docs/_build quickstart runs
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm docs/_build quickstart runs

@@ -5,9 +5,14 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face's is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and wait for busy cores
 
+import json
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -212,6 +217,35 @@ def run_qsparse(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "qsparse_hf.cli", *map(str, arguments)], capture_output=True, text=True, cwd=REPOSITORY
     )
+
+
+@contextmanager
+def http_server(command: list[str], log: Path, **env: str) -> Iterator[Callable[[str, dict], dict]]:
+    """Run `python -m COMMAND` with a free port; yields what posts JSON to a path of that server, once it listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [sys.executable, "-m", *command, "--host", "127.0.0.1", "--port", str(port)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | env
+    with log.open("w") as file:
+        server = subprocess.Popen(arguments, stdout=file, stderr=file, cwd=REPOSITORY, env=environment)
+
+    def post(path: str, body: dict) -> dict:
+        header = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), header)
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.load(answer)
+
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()[-3000:]
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.2)
+        yield post
+    finally:
+        server.terminate()
+        server.wait(60)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -17,7 +17,7 @@ ORDER = [
     {"kernels"},
     {"registration"},
     {"__init__"},
-    {"configuration", "checkpoint", "losses"},
+    {"configuration", "checkpoint", "losses", "serving"},
     {"loading"},
     {"measure", "report", "sources", "tasks", "training.arguments", "training.distillation"}
     | {"training.sharding", "training.throughput"},

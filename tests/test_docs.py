@@ -56,6 +56,9 @@ NOT_RUN = {
     "make test": "it runs this",
     "torchrun --nproc_per_node 2": "tests/test_distributed.py starts processes so",
     "accelerate launch": "eight GPUs; tests/test_distributed.py has two processes with the same settings",
+    "vllm serve": "it has an environment of its own; tests/test_vllm.py starts it there",
+    "curl": "tests/test_serving.py and tests/test_vllm.py send such a request",
+    "python -m qsparse_hf.serving": "it serves until it is stopped; tests/test_serving.py starts it",
 }
 
 

@@ -9,9 +9,9 @@ import tomllib
 
 import pytest
 import torch
-from conftest import REPOSITORY, assert_close, make, make_pair, run_python, sparse_config
+from conftest import DISTINCT, REPOSITORY, assert_close, make, make_pair, run_python, sparse_config
 from safetensors.torch import save_file
-from transformers import GenerationMixin, LogitsProcessorList, StaticCache
+from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin, LogitsProcessorList, StaticCache
 
 from qsparse_hf.decode import generation, graph
 from qsparse_hf.decode.graph import DecodeGraph
@@ -50,6 +50,22 @@ def test_with_a_cache_as_without_one(family, way, prepared, tokens):
     if prepared:
         model.prepare_for_decode()
     assert torch.equal(generated(model, prompt, family, **WAYS[way]), expected)
+
+
+@pytest.mark.parametrize("family", DISTINCT)
+@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
+def test_continuous_batching(family, prepared):
+    """One stream, which sparse products decode in a prepared model, and more than they take."""
+    model = make(sparse_config(family))
+    prompts = [list(range(3, 3 + length)) for length in (12, 3, 5, 1)]
+    expected = [model.generate(torch.tensor([prompt]), **SHORT)[0, len(prompt) :].tolist() for prompt in prompts]
+    if prepared:
+        model.prepare_for_decode()
+    config = GenerationConfig(max_new_tokens=SHORT["max_new_tokens"], do_sample=False, eos_token_id=-1, pad_token_id=0)
+    room = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    for some in (prompts[:1], prompts):
+        found = model.generate_batch(some, generation_config=config, continuous_batching_config=room)
+        assert [each.generated_tokens for each in found.values()] == expected[: len(some)]
 
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])

@@ -10,6 +10,8 @@ from typing import Any, ClassVar, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from ..modeling.backend import say_once
 from ..modeling.modeling_qsparse import Block, QSparseAttention, QSparseMLP, take_cache
@@ -109,10 +111,13 @@ class PreparedAttention(PreparedBlock, QSparseAttention):
         return self.project(self.o_sparsify(output), self.o_proj, residual=residual)[0], weights
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple:
+        """What the configured attention function, or a faster one, returns: `[B, T, H, d]`, and the weights or None."""
         implementation = self.config._attn_implementation
         if not self.training and is_slow(query, key, attention_mask, implementation, kwargs):
             return attend(query, key, value, attention_mask, self.scaling), None
-        return super().attend(query, key, value, attention_mask, **kwargs)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        options = self.attention_options() | kwargs
+        return function(self, query, key, value, attention_mask, scaling=self.scaling, **options)
 
 
 class PreparedMLP(PreparedBlock, QSparseMLP):

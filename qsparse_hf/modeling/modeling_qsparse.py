@@ -106,12 +106,10 @@ class QSparseAttention(Block):
         """How many entries a token attends to; None for all."""
         return getattr(self, "sliding_window", None)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple:
-        """What the configured attention function returns: `[B, T, H, d]`, and the weights or None."""
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+    def attention_options(self) -> dict[str, Any]:
+        """What an attention function is told besides its scaling."""
         dropout = self.attention_dropout if self.training else 0.0
-        options = {"dropout": dropout, "scaling": self.scaling, "sliding_window": self.window()}
-        return function(self, query, key, value, attention_mask, **options, **kwargs)
+        return {"dropout": dropout, "sliding_window": self.window()}
 
     def forward(
         self,
@@ -127,8 +125,16 @@ class QSparseAttention(Block):
         query, key = self.rotate(query, key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        # vLLM finds attention, and its scaling, by reading these lines in a forward.
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        options = self.attention_options() | kwargs
+        output, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **options)
         output = output.reshape(*token_shape, -1).contiguous()
+        if output.shape[-1] != self.config.attention_size:
+            raise ValueError(
+                f"a top-K needs all {self.config.attention_size} features of a token's attention, and this process has "
+                f"{output.shape[-1]}: tensor parallelism in vLLM needs the package, `pip install qsparse-hf`"
+            )
         return self.o_proj(self.o_sparsify(output)), weights
 
 
