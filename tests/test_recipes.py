@@ -1,6 +1,5 @@
 """The recipes we ship, held against the paper's tables: batch, length, schedule, data, and the model's shape."""
 
-import json
 import math
 import re
 import time
@@ -212,7 +211,7 @@ def test_values_arrive_as_their_field_wants_them(written):
         "optim_target_modules: [q, v]\nlora:\n"
         "save_strategy: no\nuse_cpu: on\n"
     )
-    assert data.train_data == [json.dumps({"files": "d"})]
+    assert data.train_data == [{"files": "d"}]
     assert (data.eval_data, run.lora) == ([], {})
     assert (training.run_name, training.include_num_input_tokens_seen) == ("2024-13-45", "no")
     assert (training.seed, training.max_grad_norm, training.use_cpu) == (0, math.inf, True)
