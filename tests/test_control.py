@@ -85,6 +85,23 @@ def test_the_run_is_what_it_is_without_a_control(twins, controlled):
     assert not [name for name in alone if "control" in name or "gap" in name]
 
 
+def test_the_control_can_be_the_teacher(twins, controlled, tmp_path):
+    """`distill_from=control` learns from the folder where the control is, and asks for one."""
+    shutil.copytree(controlled / "control", tmp_path / "run" / "control")
+    options = ["save_strategy=no", "sparsity_ramp_steps=0"]
+    with pytest.raises(UserError, match=r"^distill_from: control is the run's own dense control, which needs control="):
+        train(str(twins / "run.yaml"), [f"output_dir={tmp_path / 'run'}", *options, "distill_from=control"])
+    train(str(twins / "run.yaml"), [f"output_dir={tmp_path / 'run'}", *options, "distill_from=control", "control=true"])
+    named = [f"output_dir={tmp_path / 'named'}", *options, f"distill_from={controlled / 'control'}"]
+    train(str(twins / "run.yaml"), named)
+    taught, expected = results(tmp_path / "run"), results(tmp_path / "named")
+    assert {name: taught[name] for name in NAMES} == {name: expected[name] for name in NAMES}
+    assert taught[NAMES[0]] != results(controlled)[NAMES[0]]
+    options += ["distill_from=control", "control=true", "max_steps=0"]
+    train(str(twins / "run.yaml"), [f"output_dir={tmp_path / 'looked_at'}", *options])
+    assert "initial_eval_sums_loss_gap" in results(tmp_path / "looked_at")
+
+
 def test_the_log_and_the_page_show_both(controlled):
     history = json.loads((controlled / "trainer_state.json").read_text())["log_history"]
     losses = [entry for entry in history if "loss" in entry]

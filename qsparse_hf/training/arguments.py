@@ -1,5 +1,6 @@
 """What a training run can be told, beside what Transformers' trainers can."""
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:  # what the mixin is mixed into, or a class built on it
 else:
     _Arguments = object
 
+
+CONTROL = "control"
+"""The folder of a run's dense control inside that of the run, and how `distill_from` calls it."""
 
 # Settings that Transformers leaves unread, without a word, unless another field turns on what they set.
 _SETTINGS = {"fsdp_config": "fsdp", "liger_kernel_config": "use_liger_kernel"}
@@ -44,10 +48,14 @@ class QSparseArguments(_Arguments):
         },
     )
     distill_from: str | None = field(
-        default=None, metadata={"help": "Checkpoint of the dense parent, folder or Hub id, whose logits are learnt."}
+        default=None,
+        metadata={
+            "help": "Checkpoint of a dense model whose logits are learnt: folder or Hub id of the parent, for instance; "
+            "or control, the run's own dense control."
+        },
     )
     distill_weight: float = field(
-        default=0.5, metadata={"help": "w in loss = (1 - w) * cross entropy + w * KL(parent || model)."}
+        default=0.5, metadata={"help": "w in loss = (1 - w) * cross entropy + w * KL(teacher || model)."}
     )
     eval_on_start: bool | None = field(  # type: ignore[assignment]  # Transformers' has no third value
         default=None,
@@ -114,6 +122,11 @@ class QSparseArguments(_Arguments):
                     f"{self.global_batch_size // together}, got {self.gradient_accumulation_steps}; leave one out"
                 )
             self.gradient_accumulation_steps = self.global_batch_size // together
+
+    @property
+    def teacher(self) -> str | None:
+        """The checkpoint that `distill_from` names."""
+        return os.path.join(self.output_dir or "", CONTROL) if self.distill_from == CONTROL else self.distill_from
 
     @property
     def rows_per_update(self) -> int:

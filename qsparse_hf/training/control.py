@@ -1,7 +1,7 @@
 """The dense control of a run: how much of what training won is training's, and how much sparsity costs.
 
 The control is the run's model at sparsity 0, which is the dense model bit for bit, trained on the same rows with the
-same settings, without a ramp and without a parent to learn from. A run on top of a run that had a control (fine-tuning,
+same settings, without a ramp and without a teacher. A run on top of a run that had a control (fine-tuning,
 say) begins its control from that one.
 """
 
@@ -14,9 +14,9 @@ from transformers import AutoConfig
 
 from ..errors import UserError, user_errors
 from ..modeling.configuration_qsparse import QSparseConfigMixin
+from .arguments import CONTROL
 from .recipe import Recipe
 
-FOLDER = "control"
 _RECORD = "control.json"
 # What a control must share with a run to be held against it.
 _RUN = ("stage", "model", "config", "model_fields", "dtype", "lora")
@@ -51,15 +51,15 @@ def overrides_of_control(recipe: Recipe) -> list[str]:
         raise UserError(f"control: {run.source} is dense; a control is of a Q-Sparse model")
     begins: dict[str, Any] = {}
     fields = run.model_fields | {"sparsity": 0, "sparsity_per_projection": None}
-    if run.model and (Path(run.model) / FOLDER / "config.json").exists():
-        begins["model"] = str(Path(run.model) / FOLDER)
+    if run.model and (Path(run.model) / CONTROL / "config.json").exists():
+        begins["model"] = str(Path(run.model) / CONTROL)
     elif run.model and (Path(run.model) / "trainer_state.json").exists():
         raise UserError(
             f"control: {run.model} was trained without one, and its weights at sparsity 0 are no dense model's; "
             "train it with control=true first"
         )
     values = begins | {
-        "output_dir": str(output_dir / FOLDER),
+        "output_dir": str(output_dir / CONTROL),
         "model_fields": fields,
         "control": False,
         "sparsity_ramp_steps": 0,

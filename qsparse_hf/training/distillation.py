@@ -1,4 +1,4 @@
-"""Knowledge distillation from the dense parent."""
+"""Knowledge distillation from a dense model."""
 
 from collections.abc import Callable
 from functools import cache

@@ -37,8 +37,8 @@ from ..model_card import is_repository_id, non_defaults
 from ..modeling.backend import choose
 from ..modeling.sparsify import IMPLS
 from ..sources import Source
-from .arguments import QSparseArguments
-from .control import FOLDER, overrides_of_control, read_control, write_control
+from .arguments import CONTROL, QSparseArguments
+from .control import overrides_of_control, read_control, write_control
 from .data import DataArguments, collate_packed, pack_on_disk
 from .faults import complete_checkpoints
 from .recipe import BOOLEANS, Recipe, RunArguments, parse
@@ -136,10 +136,11 @@ def _train_control(control: Recipe) -> list[dict[str, float]]:
     if history is not None:
         logger.warning(f"{control.training.output_dir} holds the dense control, which is not trained again")
         return history
-    trainer = _run(control, _checkpoint_to_resume(control.training), [], name=FOLDER)
+    trainer = _run(control, _checkpoint_to_resume(control.training), [], name=CONTROL)
     history = trainer.state.log_history
     if control.training.max_steps and trainer.is_world_process_zero():
         write_control(control, history)
+    trainer.accelerator.wait_for_everyone()  # every process may learn from it
     trainer.accelerator.free_memory()
     del trainer
     gc.collect()
@@ -154,6 +155,8 @@ def _run(recipe: Recipe, resume: str | None, control: list[dict[str, float]], na
     arguments = recipe.training
     if arguments.eval_on_start is None:
         arguments.eval_on_start = recipe.run.stage == "continue" and bool(recipe.data.eval_sources)
+    if arguments.max_steps == 0:
+        arguments.distill_from = None  # nothing is learnt, and a control is not there yet
     set_seed(arguments.seed)
     if arguments.device.type == "cpu":
         arguments.dataloader_pin_memory = False  # it only warns there
@@ -321,7 +324,10 @@ def _check(recipe: Recipe) -> None:
     ):
         if asks and not recipe.data.eval_sources:
             raise UserError(f"{name} needs eval_data")
-    if arguments.distill_from is not None:
+    if arguments.distill_from == CONTROL:
+        if not recipe.run.control:
+            raise UserError(f"distill_from: {CONTROL} is the run's own dense control, which needs control=true")
+    elif arguments.distill_from is not None:
         check_config(arguments.distill_from, named=f"distill_from: {arguments.distill_from}")
     try:
         choose(IMPLS, [torch.empty(1, device=arguments.device)], None)  # QSPARSE_BACKEND may name what cannot run

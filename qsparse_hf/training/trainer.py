@@ -1,7 +1,7 @@
 """The Transformers Trainer, and any built on it, for Q-Sparse models.
 
-What is added stands in a mixin, so that TRL's trainers take it as well: the sparsity ramp, distillation from the dense
-parent, what is logged, and checkpoints that are whole or not there.
+What is added stands in a mixin, so that TRL's trainers take it as well: the sparsity ramp, distillation from a dense
+model, what is logged, and checkpoints that are whole or not there.
 """
 
 import json
@@ -61,10 +61,10 @@ class QSparseTrainerMixin(_Trainer):
       left out of them where `include_num_input_tokens_seen` is `non_padding`;
     - `peak_memory_gib` of this process's GPU;
     - `sparsity/<group>`, `sparsity/all` and `activated_parameters`, measured on the first row of the latest batch;
-    - `distill_kl` and `cross_entropy`, the parts of the loss where there is a parent to learn from, in nats a token;
+    - `distill_kl` and `cross_entropy`, the parts of the loss where there is a teacher, in nats a token;
     - `rows_skipped` of a stream that skips bad rows, as far as it has been read ahead.
 
-    Speed and `mfu` are of whole updates: a parent's forward takes part of their time, and counts for no FLOPs. What is
+    Speed and `mfu` are of whole updates: a teacher's forward takes part of their time, and counts for no FLOPs. What is
     evaluated before the first update is logged as `initial_eval_loss` too.
 
     Attributes:
@@ -129,11 +129,11 @@ class QSparseTrainerMixin(_Trainer):
 
     def _find_teacher(self, model: PreTrainedModel, args: QSparseArguments) -> None:
         """Have the teacher of `model` ready, in the precision that it computes in."""
-        if args.distill_from is None:
+        if args.teacher is None:
             return
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         if self._teacher is None or self._teacher.dtype != dtype:
-            self._teacher = load_teacher(args.distill_from, dtype, args.device)
+            self._teacher = load_teacher(args.teacher, dtype, args.device)
             if args.torch_compile:  # as Accelerate does with the model
                 self._teacher.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         require_same_vocabulary(self._teacher, model)
