@@ -46,7 +46,7 @@ EXPECTED = {
     "sft_qwen1.5_7b": SFT,
     "sft_qwen2_7b_released": (128 * 4096, None, 2e-5, 0, 0, 1, MIXTURE),
     "sft_mistral_7b_lora": (128 * 2048, None, 2e-4, 0, 0, 1, [ORCA]),
-    "continue_smollm2_135m": (64 * 1024, 3000, 3e-4, 0, 0.01, 1, DOMAINS),
+    "continue_smollm2_135m": (32 * 1024, 3000, 3e-4, 0, 0.01, 1, DOMAINS),
     "sft_smollm2_135m": (64 * 1024, 2000, 3e-4, 0, 0, 1, [("HuggingFaceTB/smol-smoltalk", CHATS, None)]),
     "pretrain_tiny": (8 * 256, 200, 3e-3, 0, 0.1, 1, [("quickstart/train.jsonl", TEXT, None)]),
     "continue_tiny": (8 * 256, 100, 1e-3, 0, 0.1, 1, [("quickstart/train.jsonl", TEXT, None)]),

@@ -50,7 +50,7 @@ class QSparseArguments(_Arguments):
     distill_from: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoint of a dense model whose logits are learnt: folder or Hub id of the parent, for instance; "
+            "help": "Checkpoint of a dense model whose logits are learnt: a folder or Hub id, the parent's for one; "
             "or control, the run's own dense control."
         },
     )
