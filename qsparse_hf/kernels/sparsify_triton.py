@@ -13,6 +13,7 @@ where a unit is what one selection ranks: a token, a block, or for M < 32 a word
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -517,6 +518,7 @@ def launch_options(x: Tensor) -> dict[str, bool]:
     return {"launch_pdl": True} if supported else {}
 
 
+@cache
 def whole_row(features: int) -> dict[str, int]:
     """Launch arguments of a backward kernel whose program holds a row of fp32 values, 16 of them a thread."""
     block = triton.next_power_of_2(features)
@@ -538,6 +540,7 @@ class SparsifyTile:
     few: bool
 
     @classmethod
+    @cache  # of every launch, and Triton's own arithmetic takes longer than PyTorch's dispatch
     def of(
         cls, features: int, block_size: int | None, whole_tokens: bool, value_bits: int, few: bool = False
     ) -> "SparsifyTile":
