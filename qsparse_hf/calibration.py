@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversion import ConversionPlan, convert_checkpoint
-from .errors import UserError, user_errors
+from .errors import UserError, check_writable, user_errors, write_whole
 from .evaluation import Protocol, Suite, evaluate_perplexity, good_rows
 from .loading import check_dtype, find_device, load_checkpoint
 from .measure import print_table
@@ -260,6 +260,7 @@ def calibrate_checkpoint(
     suite = Suite.of(text)
     fields: dict[str, Any] = {"sparsity": sparsity, "sparsity_block_size": block_size}
     convert_checkpoint(source, output, overwrite=overwrite, dry_run=True, **fields)
+    check_writable(Path(output, FILE))
     model, tokenizer = load_checkpoint(source, device, dtype)
     config: Any = model.config
     window = min(1024, config.max_position_embeddings)
@@ -280,7 +281,7 @@ def calibrate_checkpoint(
     plan = convert_checkpoint(source, output, overwrite=overwrite, sparsity_per_projection=ratios, **fields)
     facts = {"tokens": found.tokens, "sparsity": sparsity, "sparsity_per_projection": ratios, "losses": losses}
     with user_errors(output):
-        Path(output, FILE).write_text(json.dumps(facts | {"importance": found.importance}, indent=2) + "\n")
+        write_whole(Path(output, FILE), json.dumps(facts | {"importance": found.importance}, indent=2) + "\n")
     return plan
 
 

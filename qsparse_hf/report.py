@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .decode.prepare import as_restored
-from .errors import UserError, check_writable, user_errors
+from .errors import UserError, check_writable, user_errors, write_whole
 from .loading import load_checkpoint
 from .modeling.configuration_qsparse import GROUPS, ProjectionGroup, QSparseConfigMixin
 from .modeling.modeling_qsparse import QSparsePreTrainedModel
@@ -212,7 +212,7 @@ class SparsityReport:
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Write `to_dict()` to `path`."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     def save_plot(self, path: str | os.PathLike) -> None:
         """Draw a heat map, layers by groups, as a PNG."""
@@ -240,10 +240,10 @@ def _activated(parameters: dict[str, int], sparsity: dict[str, float]) -> dict[s
 
 
 def _row(name: str, weights: int, activated: int, sparsity: float) -> str:
-    return f"{name:<7}{_short(weights):>11}{_short(activated):>11}{100 * sparsity:>10.1f}%"
+    return f"{name:<7}{short_count(weights):>11}{short_count(activated):>11}{100 * sparsity:>10.1f}%"
 
 
-def _short(count: int) -> str:
+def short_count(count: int) -> str:
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= unit:
             return f"{count / unit:.2f}{name}"
