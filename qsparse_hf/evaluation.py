@@ -202,7 +202,7 @@ def evaluate_perplexity(
         progress: what the progress bar and messages call the text; None for no bar.
 
     Raises:
-        UserError: nothing to score, or what the protocol asks for is not there.
+        UserError: nothing to score, a prediction that is NaN, or what the protocol asks for is not there.
     """
     model = getattr(model, "_orig_mod", model)  # windows of many lengths would be compiled each
     if batch_size < 1:
@@ -324,6 +324,11 @@ def _log_probabilities(
                 counters.mask = None if padded is None else padded.bool()
             logits = model(input_ids=ids, attention_mask=padded, use_cache=False).logits
             sums[chosen] = -token_losses(logits, targets.to(logits.device)).double().sum(1).cpu()
+            if sums[chosen].isnan().any():
+                raise UserError(
+                    f"{progress or 'the text'}: the model predicts NaN in {str(logits.dtype).removeprefix('torch.')}; "
+                    "its weights hold some, or its activations leave the dtype's range, of which float32 has the widest"
+                )
             bar.update(int((targets != -100).sum()))
         return sums, None if counters is None else counters.report()
 
@@ -347,7 +352,7 @@ def evaluate_pairs(
         progress: what the progress bar and messages call the pairs; None for no bar.
 
     Raises:
-        UserError: there are no pairs, or the tokenizer has neither token.
+        UserError: there are no pairs, a prediction is NaN, or the tokenizer has neither token.
     """
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if begin is None:
@@ -410,14 +415,23 @@ class Suite:
             questions: at most that many of each task.
 
         Raises:
-            UserError: nothing to measure, a name twice, a file or task that is not there, or a number out of range.
+            UserError: nothing to measure, a name twice, a file or task that is not there, a number out of range, or a
+                setting of what is not measured.
         """
         for name, value in (("batch_size", batch_size), ("questions", 1 if questions is None else questions)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if not (text or pairs or tasks):
             raise UserError("nothing to measure on; name a text, pairs or tasks")
-        return cls(_named(text), _named(pairs, PAIR_COLUMNS), find_tasks(tasks), protocol, batch_size, questions)
+        if protocol != Protocol() and not text:
+            raise UserError("window, stride, bos, joined and tokens are settings of texts, and no text is named")
+        if questions is not None and not tasks:
+            raise UserError("questions are those of tasks, and no task is named")
+        texts, paired, found = _named(text), _named(pairs, PAIR_COLUMNS), find_tasks(tasks)
+        names = [*texts, *paired, *(task.name for task in found)]
+        if twice := [name for name in names if names.count(name) > 1]:  # of two results one would be lost
+            raise UserError(f"two are named {twice[0]!r}; put another name before one of them, as in other=DATA")
+        return cls(texts, paired, found, protocol, batch_size, questions)
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Result]]:
         """Each result with its name, as soon as it is there.
@@ -474,10 +488,8 @@ def check_checkpoint(name: str, protocol: Protocol) -> Protocol:
     Raises:
         UserError: its configuration or tokenizer cannot be read, or does not allow the protocol.
     """
-    config = AutoConfig.from_pretrained(find_base(name))
-    tokenizer = load_tokenizer(name)
     with user_errors(name):
-        return protocol.resolved(config, tokenizer)
+        return protocol.resolved(AutoConfig.from_pretrained(find_base(name)), load_tokenizer(name))
 
 
 def evaluate_checkpoint(

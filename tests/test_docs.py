@@ -35,6 +35,7 @@ PAGES = ["README.md", *(f"{page}.md" for page in re.findall(r"^docs/\w+$", CONF,
 SMALLER = {
     "qsparse train": "max_steps=2 sparsity_ramp_steps=1 logging_steps=1 eval_steps=2 save_steps=2 use_cpu=true",
     "qsparse calibrate": "--tokens 6144",
+    "qsparse eval runs/trained --tasks": "",
     "qsparse eval": "--tokens 1000",
     "qsparse compare": "--tokens 1000",
     "qsparse report": "--tokens 500",

@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -75,6 +76,21 @@ def test_a_gpu_measures_the_same(family, dtype):
     found = evaluate_perplexity(model.cuda(), documents, protocol=Protocol(16, 12))
     assert found.loss == pytest.approx(expected.loss, rel=0.02)  # a top-K amplifies rounding
     assert found.sparsity.overall == expected.sparsity.overall
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_that_predicts_nan_has_no_figures(dtype, tokens, tiny_tokenizer):
+    model = make(sparse_config("llama"), dtype=dtype)
+    if dtype == torch.float32:
+        model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    else:
+        model.model.embed_tokens.weight.data.fill_(6e4)  # finite, and its logits are not
+        model.lm_head.weight.data.fill_(6e4)
+    said = f"predicts NaN in {str(dtype).removeprefix('torch.')}"
+    with pytest.raises(UserError, match=said):
+        evaluate_perplexity(model, tokens)
+    with pytest.raises(UserError, match=said):
+        evaluate_pairs(model, [("one", "a dog", "dog a")], tiny_tokenizer)
 
 
 def test_other_families_have_a_loss_and_no_sparsity(tokens):
@@ -163,6 +179,7 @@ def test_mistakes_get_one_line(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, content in (("a.txt", TEXT), ("short.txt", "a"), ("pairs.jsonl", '{"sentence_good": "a"}')):
         (tmp_path / name).write_text(content)
+    (tmp_path / "good.jsonl").write_text('{"sentence_good": "a", "sentence_bad": "b", "UID": "c"}')
     model = str(tiny_checkpoint)
     for arguments, said in (
         (["eval", model], "nothing to measure on; name a text, pairs or tasks"),
@@ -180,6 +197,9 @@ def test_mistakes_get_one_line(tiny_checkpoint, tmp_path, capsys, monkeypatch):
         (["eval", model, "--text", "a.txt", "--bos"], "no begin token"),
         (["eval", model, "--text", "a.txt", "--output", "a.txt/x.json"], "cannot be written"),
         (["eval", model, "--pairs", "pairs.jsonl"], "pairs.jsonl:1: has no column 'UID'"),
+        (["eval", model, "--text", "a.txt", "--pairs", "a=good.jsonl"], "two are named 'a'; put another name before"),
+        (["eval", model, "--pairs", "good.jsonl", "--tokens", "9"], "are settings of texts, and no text is named"),
+        (["eval", model, "--text", "a.txt", "--questions", "9"], "questions are those of tasks, and no task is named"),
         (["compare", model, model, "--text", "a.txt"], "is named twice"),
         (["compare", model, "nowhere", "--text", "a.txt"], "nowhere"),
         (["compare", model, "--text", "a.txt", "--picture", "a.jpg"], "whose name ends with .png, got 'a.jpg'"),
@@ -195,7 +215,8 @@ def test_compare_puts_dense_and_sparse_into_one_table(tiny_checkpoint, tiny_toke
     (tmp_path / "a.txt").write_text(TEXT)
     make(dense_config("llama")).save_pretrained("dense")
     tiny_tokenizer.save_pretrained("dense")
-    arguments = ["--text", "a.txt", "--output", "c.json", "--picture", "c.png"]
+    shutil.copy("dense/model.safetensors", "dense/consolidated.safetensors")  # as Mistral's have: nothing reads it
+    arguments = ["--text", "model=a.txt", "--output", "c.json", "--picture", "c.png"]
     assert main(["compare", "dense", str(tiny_checkpoint), *arguments]) == 0
     dense, sparse = json.loads((tmp_path / "c.json").read_text())["results"]
     # Of a layer 30,720 weights in projections; beside them two norms of 64, the last norm, and a head of 128 x 64.
@@ -204,12 +225,13 @@ def test_compare_puts_dense_and_sparse_into_one_table(tiny_checkpoint, tiny_toke
     assert dense["bytes_read_per_token"] == 4 * (projections + rest)
     assert sparse["bytes_read_per_token"] == 4 * (projections // 2 + rest)
     assert dense["bytes_on_disk"] == (tmp_path / "dense" / "model.safetensors").stat().st_size
-    assert dense["texts"]["a"]["loss"] != sparse["texts"]["a"]["loss"]
+    assert dense["texts"]["model"]["loss"] != sparse["texts"]["model"]["loss"]
     assert min(dense["tokens_per_second"], sparse["tokens_per_second"]) > 1
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [row[0].strip("| ") for row in rows] == ["model", "---", "dense", str(tiny_checkpoint)]
-    assert rows[2][1] == f"{dense['texts']['a']['loss']:.4f}"
+    assert rows[2][1] == f"{dense['texts']['model']['loss']:.4f}"
+    assert rows[3][2] == "30.72K of 61.44K"
 
 
 @pytest.fixture
