@@ -68,6 +68,8 @@ class Chat:
             raise UserError(f"temperature must be at least 0, got {temperature}")
         if seed is not None and not 0 <= seed < 2**32:
             raise UserError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
+        if seed is not None and temperature == 0:
+            raise UserError(f"seed {seed} is of sampling, and at a temperature of 0 nothing is drawn")
         self.model: Any
         self.tokenizer: Any
         self.model, self.tokenizer = load_checkpoint(model)

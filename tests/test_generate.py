@@ -61,6 +61,8 @@ def test_sampling_follows_the_seed(tiny_checkpoint):
         Chat(str(tiny_checkpoint), temperature=2.0, seed=seed, max_new_tokens=20).answer("hello") for seed in (1, 1, 2)
     )
     assert first == same != other
+    with pytest.raises(UserError, match="seed 1 is of sampling, and at a temperature of 0 nothing is drawn"):
+        Chat(str(tiny_checkpoint), seed=1)
 
 
 def test_a_conversation_goes_on_until_it_ends(chat_checkpoint, capsys, monkeypatch):
