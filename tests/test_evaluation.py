@@ -177,13 +177,19 @@ def test_eval_reads_texts_of_every_kind(tiny_checkpoint, tmp_path, capsys, monke
 
 def test_mistakes_get_one_line(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, content in (("a.txt", TEXT), ("short.txt", "a"), ("pairs.jsonl", '{"sentence_good": "a"}')):
+    for name, content in (
+        ("a.txt", TEXT),
+        ("short.txt", "a"),
+        ("a.gguf", "GGUF"),
+        ("pairs.jsonl", '{"sentence_good": "a"}'),
+    ):
         (tmp_path / name).write_text(content)
     (tmp_path / "good.jsonl").write_text('{"sentence_good": "a", "sentence_bad": "b", "UID": "c"}')
     model = str(tiny_checkpoint)
     for arguments, said in (
         (["eval", model], "nothing to measure on; name a text, pairs or tasks"),
         (["eval", "nowhere", "--text", "a.txt"], "nowhere"),
+        (["eval", "a.gguf", "--text", "a.txt"], "a.gguf is a GGUF file; make a checkpoint of it first, with `qsparse"),
         (["eval", model, "--text", "nowhere.txt"], "no file matches 'nowhere.txt'"),
         (["eval", model, "--text", "a.txt", "./a.txt"], "two texts are named 'a'"),
         (["eval", model, "--text", "short.txt"], "short holds no token that could be scored"),
