@@ -26,7 +26,7 @@ from transformers import (
 from .errors import UserError, check_writable, user_errors
 from .loading import check_dtype, find_base, find_device, load_checkpoint, load_tokenizer
 from .measure import print_table, write_json
-from .report import SparsityReport, counting, evaluating, projections, token_losses
+from .report import SparsityReport, counting, evaluating, projections, token_losses, totals
 from .sources import RowCheck, Source, check_whole, read_documents
 from .tasks import Task, TaskScore, find_tasks, run_tasks
 
@@ -141,7 +141,7 @@ class Evaluation:
             "documents": self.documents,
             "bytes": self.bytes,
             "protocol": asdict(self.protocol),
-        } | _sparsity(self.sparsity)
+        } | totals(self.sparsity)
 
 
 @dataclass(frozen=True)
@@ -167,17 +167,10 @@ class PairAccuracy:
         """Everything, as JSON takes it, but for the sparsity of single layers."""
         by_phenomenon = {name: self.right[name] / count for name, count in self.pairs.items()}
         overall = {"accuracy": self.accuracy, "pairs": sum(self.pairs.values()), "accuracy_of": by_phenomenon}
-        return overall | _sparsity(self.sparsity)
+        return overall | totals(self.sparsity)
 
 
 Result: TypeAlias = Evaluation | PairAccuracy | TaskScore
-
-
-def _sparsity(report: SparsityReport | None) -> dict[str, Any]:
-    return {
-        "sparsity": report and report.to_dict()["sparsity"],
-        "activated_parameters": report and report.activated_parameters,
-    }
 
 
 def evaluate_perplexity(
@@ -545,8 +538,8 @@ def _cells(result: Result) -> list[str]:
         error = "" if result.standard_error is None else f" ± {result.standard_error:.3f}"
         shots = "" if result.shots is None else f", {result.shots} shots"
         asked = "" if result.questions is None else f"{result.questions:,} questions"
-        return ["", "", "", f"{result.score:.3f}{error} ({result.metric}{shots})", asked, "", ""]
-    if isinstance(result, PairAccuracy):
+        measured = ["", "", "", f"{result.score:.3f}{error} ({result.metric}{shots})", asked]
+    elif isinstance(result, PairAccuracy):
         measured = ["", "", "", f"{result.accuracy:.4f}", f"{sum(result.pairs.values()):,} pairs"]
     else:
         bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"

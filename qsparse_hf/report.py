@@ -235,6 +235,14 @@ class SparsityReport:
         figure.savefig(path, dpi=120)
 
 
+def totals(report: SparsityReport | None) -> dict[str, Any]:
+    """The sparsity of each group and of all, and the activated parameters, as JSON takes them; None of no report."""
+    return {
+        "sparsity": report and report.to_dict()["sparsity"],
+        "activated_parameters": report and report.activated_parameters,
+    }
+
+
 def _activated(parameters: dict[str, int], sparsity: dict[str, float]) -> dict[str, int]:
     return {group: round(weights * (1 - sparsity[group])) for group, weights in parameters.items()}
 

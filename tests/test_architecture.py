@@ -19,9 +19,17 @@ ORDER = [
     {"__init__"},
     {"configuration", "checkpoint", "losses", "serving"},
     {"loading"},
-    {"measure", "report", "sources", "tasks", "training.arguments", "training.distillation"}
+    {"measure", "report", "sources", "training.arguments", "training.distillation"}
     | {"training.sharding", "training.throughput"},
-    {"gguf_file", "model_card", "training.data", "training.faults", "training.schedule", "training.training_report"},
+    {
+        "gguf_file",
+        "model_card",
+        "tasks",
+        "training.data",
+        "training.faults",
+        "training.schedule",
+        "training.training_report",
+    },
     {"conversion", "hub"},
     {"bench", "evaluation", "generate", "training.chat", "training.streaming"},
     {"calibration", "comparison", "training.trainer"},

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import dense_config, make, sparse_config
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
 from qsparse_hf.cli import main
@@ -54,6 +54,7 @@ def test_agrees_with_a_loop_over_single_tokens(family, window, stride, bos, tiny
     )
     assert found.perplexity == pytest.approx(math.exp(found.loss))
     assert found.sparsity.overall == pytest.approx(0.4, abs=0.01)
+    assert stride or found.sparsity.tokens == found.tokens  # no padding
     assert found.bits_per_byte is None
 
 
@@ -127,9 +128,27 @@ def test_letters_of_several_bytes_and_tokens():
     assert (found.tokens, found.bytes) == (7, 7)
 
 
-def test_a_pair_counts_where_the_good_sentence_is_likelier(tiny_tokenizer):
+def test_words_of_several_bytes_behind_a_begin_token():
+    """A tokenizer that puts a begin token before a text has every window begin so; a gap belongs to the next word."""
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "dog": 2}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    model = make(dense_config("llama"))
+    found = evaluate_perplexity(model, ["a dog a dog"], tokenizer, Protocol(window=3))
+    assert (found.protocol.bos, found.tokens, found.bytes) == (True, 4, 11)
+    assert found.loss == pytest.approx(loss_by_hand(model, [[1, 2, 1, 2]], 3, 3, bos=0), abs=1e-4)
+    assert found.bits_per_byte == pytest.approx(found.loss * 4 / 11 / math.log(2))
+    without = evaluate_perplexity(model, ["a dog a dog"], tokenizer, Protocol(bos=False))
+    assert (without.tokens, without.bytes) == (3, 10)
+
+
+@pytest.mark.parametrize("begin", [1, 2], ids=["begin token", "end token"])
+def test_a_pair_counts_where_the_good_sentence_is_likelier(begin, tiny_tokenizer):
     model = make(sparse_config("qwen2"))
-    # It has no begin token, so the end token (2) begins a sentence.
+    if begin == 1:  # else it has no begin token, so the end token begins a sentence
+        tiny_tokenizer = copy.deepcopy(tiny_tokenizer)
+        tiny_tokenizer.bos_token = "<start>"
     sentences = [
         ("one", "a dog", "dog a"),
         ("one", "cats", "catz!"),
@@ -140,7 +159,7 @@ def test_a_pair_counts_where_the_good_sentence_is_likelier(tiny_tokenizer):
     @torch.no_grad()
     def total(sentence: str) -> float:
         ids = tiny_tokenizer(sentence)["input_ids"]
-        logits = model(input_ids=torch.tensor([[2, *ids]])).logits[0].double().log_softmax(-1)
+        logits = model(input_ids=torch.tensor([[begin, *ids]])).logits[0].double().log_softmax(-1)
         return sum(logits[place, token].item() for place, token in enumerate(ids))
 
     expected = [total(good) > total(bad) for _, good, bad in sentences]
@@ -222,20 +241,23 @@ def test_compare_puts_dense_and_sparse_into_one_table(tiny_checkpoint, tiny_toke
     make(dense_config("llama")).save_pretrained("dense")
     tiny_tokenizer.save_pretrained("dense")
     shutil.copy("dense/model.safetensors", "dense/consolidated.safetensors")  # as Mistral's have: nothing reads it
+    make(dense_config("llama", tie_word_embeddings=True), dtype=torch.bfloat16).save_pretrained("tied")
+    tiny_tokenizer.save_pretrained("tied")
     arguments = ["--text", "model=a.txt", "--output", "c.json", "--picture", "c.png"]
-    assert main(["compare", "dense", str(tiny_checkpoint), *arguments]) == 0
-    dense, sparse = json.loads((tmp_path / "c.json").read_text())["results"]
+    assert main(["compare", "dense", str(tiny_checkpoint), "tied", *arguments]) == 0
+    dense, sparse, tied = json.loads((tmp_path / "c.json").read_text())["results"]
     # Of a layer 30,720 weights in projections; beside them two norms of 64, the last norm, and a head of 128 x 64.
     projections, rest = 2 * 30720, 5 * 64 + 128 * 64
     assert (dense["activated_parameters"], sparse["activated_parameters"]) == (projections, projections // 2)
     assert dense["bytes_read_per_token"] == 4 * (projections + rest)
     assert sparse["bytes_read_per_token"] == 4 * (projections // 2 + rest)
+    assert tied["bytes_read_per_token"] == dense["bytes_read_per_token"] / 2  # of bfloat16, its embedding as the head
     assert dense["bytes_on_disk"] == (tmp_path / "dense" / "model.safetensors").stat().st_size
     assert dense["texts"]["model"]["loss"] != sparse["texts"]["model"]["loss"]
-    assert min(dense["tokens_per_second"], sparse["tokens_per_second"]) > 1
+    assert dense["tokens_per_second"] != sparse["tokens_per_second"]
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [row[0].strip("| ") for row in rows] == ["model", "---", "dense", str(tiny_checkpoint)]
+    assert [row[0].strip("| ") for row in rows] == ["model", "---", "dense", str(tiny_checkpoint), "tied"]
     assert rows[2][1] == f"{dense['texts']['model']['loss']:.4f}"
     assert rows[3][2] == "30.72K of 61.44K"
 
@@ -282,6 +304,7 @@ def test_a_task_of_ones_own(local_task, tiny_checkpoint, tmp_path, capsys):
 
     right = [(total(q, b) > total(q, a)) == bool(label) for q, a, b, label in rows]
     assert (score["score"], score["questions"], score["shots"]) == (sum(right) / 4, 4, 0)
+    assert (score["sparsity"]["all"], score["activated_parameters"]) == (0.5, 30720)
     assert f"| {sum(right) / 4:.3f} ± " in capsys.readouterr().out
 
 
