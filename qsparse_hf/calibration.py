@@ -274,6 +274,10 @@ def calibrate_checkpoint(
     rows, unseen = rows[~held_back], rows[held_back]
     with user_errors(source):
         found = refined(calibrate(model, rows, block_size), model, rows[: max(1, len(rows) // 3)], sparsity)
+    print(
+        f"on {unseen.numel():,} tokens of the text that the ratios were not chosen on; how much each group counts was "
+        f"chosen at {sparsity:g} for all rows"
+    )
     losses = _compare(found, model, unseen, sorted({*SHOWN, sparsity}))
     means = found.of_groups(sparsity)
     print("ratios: " + ", ".join(f"{group} {mean:.3f}" for group, mean in means.items()) + " (means over layers)")
@@ -286,13 +290,14 @@ def calibrate_checkpoint(
 
 
 def _tokens(suite: Suite, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[int]:
-    """As many from each text, from its first document on."""
+    """As many from each text, from its first document on; where one is short, the next gives more."""
     ids: list[int] = []
     for number, place in enumerate(suite.texts.values(), start=1):
+        share = tokens * number // len(suite.texts)
         for row in good_rows(place):
-            if len(ids) >= tokens * number // len(suite.texts):
+            if len(ids) >= share:
                 break
-            ids += tokenizer(row["text"], verbose=False)["input_ids"]
+            ids += tokenizer(row["text"], verbose=False)["input_ids"][: share - len(ids)]
     return ids
 
 
@@ -313,6 +318,5 @@ def _compare(found: Calibration, model: PreTrainedModel, rows: Tensor, sparsitie
             figures = [(f"{loss:.4f}", f"{math.exp(loss):.2f}") for loss in (uniform, calibrated)]
             yield [f"{sparsity:g}", *figures[0], *figures[1], removed]
 
-    print(f"on {rows.numel():,} tokens of the text that the ratios were not chosen on")
     print_table(["sparsity", "loss", "perplexity", "calibrated", "perplexity", "of the gap removed"], table())
     return losses
