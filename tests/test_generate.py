@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 from conftest import dense_config, make
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qsparse_hf.cli import main
 from qsparse_hf.errors import UserError
@@ -54,6 +55,17 @@ def test_a_prompt_is_continued_without_one(tiny_checkpoint, tmp_path, tiny_token
         Chat(str(tiny_checkpoint), system="brief")
     with pytest.raises(UserError, match="is a dense model; only Q-Sparse ones are prepared"):
         Chat(str(tmp_path / "dense"), prepared=True)
+
+
+def test_words_keep_the_space_between_them(tmp_path, capsys):
+    """Of a tokenizer that marks the beginning of a word, and drops that of a text."""
+    words = {"<unk>": 0, **{f"▁w{number}": number for number in range(1, 128)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(tmp_path)
+    make(dense_config("llama", eos_token_id=None)).save_pretrained(tmp_path)
+    assert main(["generate", str(tmp_path), "w5 w6", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out == "w5 w6 " + said_by(tmp_path, "w5 w6", 4) + "\n"
 
 
 def test_sampling_follows_the_seed(tiny_checkpoint):
