@@ -51,6 +51,8 @@ def test_a_prompt_is_continued_without_one(tiny_checkpoint, tmp_path, tiny_token
     for folder in (tiny_checkpoint, tmp_path / "dense"):
         assert main(["generate", str(folder), "hello", "--max-new-tokens", "8"]) == 0
         assert capsys.readouterr().out == "hello" + said_by(folder, "hello") + "\n"
+    assert main(["generate", str(tiny_checkpoint), "x" * 125]) == 0
+    assert "[3 tokens" in capsys.readouterr().err  # the model takes 128
     with pytest.raises(UserError, match="no chat template, and so no place for a system message"):
         Chat(str(tiny_checkpoint), system="brief")
     with pytest.raises(UserError, match="is a dense model; only Q-Sparse ones are prepared"):
