@@ -55,6 +55,7 @@ def test_a_prompt_is_continued_without_one(tiny_checkpoint, tmp_path, tiny_token
     assert "[3 tokens" in capsys.readouterr().err  # the model takes 128
     with pytest.raises(UserError, match="no chat template, and so no place for a system message"):
         Chat(str(tiny_checkpoint), system="brief")
+    assert Chat(str(tiny_checkpoint), prepared=True).model.is_prepared
     with pytest.raises(UserError, match="is a dense model; only Q-Sparse ones are prepared"):
         Chat(str(tmp_path / "dense"), prepared=True)
 
