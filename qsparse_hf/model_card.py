@@ -336,7 +336,7 @@ def _loss_result(row: Mapping[str, str]) -> EvalResult:
     return EvalResult(
         task_type="text-generation",
         task_name="Language modelling",
-        dataset_type="text",
+        dataset_type=row["data"],  # the Hub groups results by it
         dataset_name=row["data"],
         metric_type="loss",
         metric_name="held-out loss, nats a token",

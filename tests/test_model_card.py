@@ -105,7 +105,9 @@ def trained(tmp_path_factory, tiny_checkpoint) -> Path:
     (folder / "text.txt").write_text("one two three four " * 99)
     recipe = {"model": str(tiny_checkpoint), "sequence_length": 16, "max_steps": 2, "save_steps": 1, "use_cpu": True}
     recipe |= {"control": True}
-    recipe |= {"train_data": [str(folder / "text.txt")], "eval_data": {"a_b": [str(folder / "text.txt")]}}
+    (folder / "other.txt").write_text("five six seven " * 99)
+    texts = {"a_b": [str(folder / "text.txt")], "other": {"files": str(folder / "other.txt")}}
+    recipe |= {"train_data": [{"files": str(folder / "text.txt")}], "eval_data": texts}
     recipe |= {"report_to": "none", "output_dir": str(folder / "out"), "hub_token": "hf_secret", "logging_steps": 1}
     (folder / "run.yaml").write_text(yaml.safe_dump(recipe))
     train(str(folder / "run.yaml"))
@@ -120,14 +122,14 @@ def test_a_run_writes_what_it_was_and_what_it_measured(trained):
     losses = [measured[f"{column}_a_b_loss"] for column in columns]
     assert len({round(loss, 4) for loss in losses}) == 4
     assert "| a_b | {:.4f} | {:.4f} | {:.4f} | {:.4f} |".format(*losses) in card.text
-    (result,) = card.data.eval_results
-    assert (result.metric_type, result.metric_value) == ("loss", round(losses[1], 4))
+    results = [(each.dataset_name, each.metric_type, each.metric_value) for each in card.data.eval_results]
+    assert results == [(name, "loss", round(measured[f"eval_{name}_loss"], 4)) for name in ("a_b", "other")]
     assert "| q, k, v | 50.0 | 50.0 | 16,384 | 8,192 |" in card.text
     assert "- updates: 2 of 8 sequences" in card.text
     assert re.search(r"- tokens: 256\n- hardware: CPU .*\n- wall time: 0:00:\d\d\n", card.text)
     assert re.search(r"Made with qsparse_hf .*, torch .*, transformers [\d.]+\.", card.text)
     recipe = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)[1])
-    assert recipe["train_data"] == [str(trained / "text.txt")]
+    assert recipe["train_data"] == [{"files": str(trained / "text.txt")}]
     assert recipe["max_steps"] == 2
     written = yaml.safe_load((trained / "run.yaml").read_text())
     assert recipe.keys() - {"stage", "eval_on_start"} <= written.keys()

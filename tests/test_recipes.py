@@ -1,6 +1,5 @@
 """The recipes we ship, held against the paper's tables: batch, length, schedule, data, and the model's shape."""
 
-import json
 import math
 import re
 import time
@@ -193,7 +192,7 @@ def test_values_in_mappings_keep_their_type(written):
     )
     assert training.lr_scheduler_kwargs == {"lr_end": 1e-6, "power": 1.0}
     assert run.model_fields == {"sparsity": 0.6, "sparsity_ste": False, "2024-01-01": "2024-01-02", "on": 1}
-    assert data.train_data == ["c", json.dumps({"files": "d", "probability": 0.5})]
+    assert data.train_data == ["c", {"files": "d", "probability": 0.5}]
 
 
 def test_an_item_is_an_item_and_text_is_text(written):
@@ -212,7 +211,7 @@ def test_values_arrive_as_their_field_wants_them(written):
         "optim_target_modules: [q, v]\nlora:\n"
         "save_strategy: no\nuse_cpu: on\n"
     )
-    assert data.train_data == [json.dumps({"files": "d"})]
+    assert data.train_data == [{"files": "d"}]
     assert (data.eval_data, run.lora) == ([], {})
     assert (training.run_name, training.include_num_input_tokens_seen) == ("2024-13-45", "no")
     assert (training.seed, training.max_grad_norm, training.use_cpu) == (0, math.inf, True)
@@ -290,8 +289,8 @@ def test_anchors_and_merges_work_at_the_top_too(written):
         ("train_data:\n  - \n", "line 1: train_data has an empty entry"),
         ("seed: 1\neval_data: [a, '']\n", "line 2: eval_data has an empty entry"),
         ("seed: 1\nresume_from_checkpoint: ''\n", "line 2: resume_from_checkpoint is empty text; write null for none"),
-        ("train_data: ''\n", "train_data must be a list of text, got ''"),
-        ("train_data: [[a]]\n", "train_data must be a list of text"),
+        ("train_data: ''\n", "train_data must be a list of text or mappings, got ''"),
+        ("train_data: [[a]]\n", "train_data must be a list of text or mappings, got [['a']]"),
         ("model: [a]\n", "model must be text or null, got ['a']"),
         ("output_dir: {a: 1}\n", "output_dir must be text or null"),
         ("use_cpu: !!bool maybe\n", "use_cpu must be true or false, got 'maybe'"),
@@ -374,7 +373,7 @@ def test_mistakes_name_their_line_and_key(written, lines, said):
         ("dtype=", "dtype is empty text"),
         ("lr_scheduler_type=", "lr_scheduler_type cannot be empty; leave it out for its default"),
         ("seed=", "seed cannot be empty; leave it out for its default, 42"),
-        ("eval_data=", "eval_data must be a list of text or a mapping, got ''"),
+        ("eval_data=", "eval_data must be a list of text or mappings or a mapping, got ''"),
     ],
 )
 def test_mistakes_in_overrides_name_them(written, override, said):

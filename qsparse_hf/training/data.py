@@ -37,11 +37,11 @@ class DataArguments:
         UserError: a field outside its range.
     """
 
-    train_data: list[str] = field(
+    train_data: list[str | dict[str, Any]] = field(
         default_factory=list,
         metadata={"help": "Sources: paths, folders, globs, or {dataset: ..., columns: ..., probability: ...}."},
     )
-    eval_data: list[str] | dict[str, Any] = field(
+    eval_data: list[str | dict[str, Any]] | dict[str, Any] = field(
         default_factory=list,
         metadata={"help": "The same for evaluation; or {name: sources}, for texts whose losses are logged by name."},
     )
@@ -80,7 +80,7 @@ class DataArguments:
             raise UserError(f"on_bad_row must be error or skip, got {shortened(repr(self.on_bad_row))}")
 
 
-def texts_by_name(eval_data: list[str] | dict[str, Any]) -> dict[str, Any]:
+def texts_by_name(eval_data: list[str | dict[str, Any]] | dict[str, Any]) -> dict[str, Any]:
     """The sources of each evaluation text by its name, which is empty where there is a single text without one.
 
     Raises:

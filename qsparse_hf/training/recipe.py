@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import math
 import re
 import sys
@@ -284,7 +283,7 @@ def _as_member(member: Any, written: _Written) -> object:
         return written
     if kind is list and written not in (None, ""):
         entries = written if isinstance(written, list) else [written]
-        return [_convert(choices[0], json.dumps(entry) if isinstance(entry, dict) else entry) for entry in entries]
+        return [_convert(choices[0], entry) for entry in entries]
     if isinstance(written, str):
         if kind is bool:
             return BOOLEANS[written.lower()]
@@ -302,7 +301,8 @@ def _name(member: Any) -> str:
         return f"one of {', '.join(str(choice.value) for choice in member)}"
     kind = get_origin(member) or member
     if kind is list:
-        return f"a list of {_name(*get_args(member))}"
+        entries = ("mappings" if get_origin(entry) is dict else _name(entry) for entry in _members(*get_args(member)))
+        return f"a list of {' or '.join(entries)}"
     return _NAMES.get(kind, f"a {kind.__name__} (made in Python alone)")
 
 
