@@ -25,17 +25,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .conversion import ConversionPlan, convert_checkpoint
 from .errors import UserError, check_writable, user_errors, write_whole
-from .evaluation import Protocol, Suite, evaluate_perplexity, good_rows
+from .evaluation import Protocol, Suite, evaluate_perplexity
 from .loading import check_dtype, find_device, load_checkpoint
 from .measure import print_table
 from .modeling.configuration_qsparse import GROUPS, QSparseConfigMixin
 from .modeling.sparsify import magnitude, topk_sparsify
 from .modeling.sparsity import kept_features
 from .report import evaluating, projections
+from .texts import first_tokens
 
 GRID = tuple(step / 100 for step in range(96))
 """Sparsities at which curves are known, and between which ratios lie: at least 5 % of the features survive."""
@@ -266,7 +267,7 @@ def calibrate_checkpoint(
     window = min(1024, config.max_position_embeddings)
     if tokens < 4 * window:
         raise UserError(f"tokens must be at least 4 windows of {window}, got {tokens}")
-    ids = _tokens(suite, tokenizer, tokens)
+    ids = first_tokens(suite.texts.values(), tokenizer, tokens)
     if len(ids) < 4 * window:
         raise UserError(f"the text holds {len(ids):,} tokens, and calibration needs at least {4 * window:,}")
     rows = torch.tensor(ids[: min(tokens, len(ids)) // window * window]).view(-1, window)
@@ -287,18 +288,6 @@ def calibrate_checkpoint(
     with user_errors(output):
         write_whole(Path(output, FILE), json.dumps(facts | {"importance": found.importance}, indent=2) + "\n")
     return plan
-
-
-def _tokens(suite: Suite, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[int]:
-    """As many from each text, from its first document on; where one is short, the next gives more."""
-    ids: list[int] = []
-    for number, place in enumerate(suite.texts.values(), start=1):
-        share = tokens * number // len(suite.texts)
-        for row in good_rows(place):
-            if len(ids) >= share:
-                break
-            ids += tokenizer(row["text"], verbose=False)["input_ids"][: share - len(ids)]
-    return ids
 
 
 def _compare(found: Calibration, model: PreTrainedModel, rows: Tensor, sparsities: list[float]) -> dict[str, Any]:

@@ -27,8 +27,9 @@ from .errors import UserError, check_writable, user_errors
 from .loading import check_dtype, find_base, find_device, load_checkpoint, load_tokenizer
 from .measure import print_table, write_json
 from .report import SparsityReport, counting, evaluating, projections, token_losses, totals
-from .sources import RowCheck, Source, check_whole, read_documents
+from .sources import Source, check_whole
 from .tasks import Task, TaskScore, find_tasks, run_tasks
+from .texts import good_rows
 
 logger = logging.getLogger(__name__)
 
@@ -460,19 +461,6 @@ def _named(written: Sequence[str], columns: dict[str, str] | None = None) -> dic
         next(good_rows(source))  # to see that it is there
         sources[name] = source
     return sources
-
-
-def good_rows(source: Source) -> Iterator[dict[str, Any]]:
-    """The rows that can be read; what is wrong with the others is said once."""
-    check = RowCheck(skip=True)
-    documents, _ = read_documents([source], streaming=False, seed=0)  # a stream's order would be drawn
-    for row in documents:
-        if check.passes(row):
-            yield row
-    if check.skipped == check.rows:
-        raise UserError(check.first or f"{source} holds no row")
-    if check.skipped:
-        logger.warning("%s: %s", source, check)
 
 
 def check_checkpoint(name: str, protocol: Protocol) -> Protocol:

@@ -17,10 +17,9 @@ ORDER = [
     {"kernels"},
     {"registration"},
     {"__init__"},
-    {"configuration", "checkpoint", "losses", "serving"},
-    {"loading"},
-    {"measure", "report", "sources", "training.arguments", "training.distillation"}
-    | {"training.sharding", "training.throughput"},
+    {"configuration", "checkpoint", "losses", "serving", "sources"},
+    {"loading", "texts"},
+    {"measure", "report", "training.arguments", "training.distillation"} | {"training.sharding", "training.throughput"},
     {
         "gguf_file",
         "model_card",
