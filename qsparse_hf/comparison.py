@@ -60,7 +60,7 @@ def compare_checkpoints(
     for number, name in enumerate(names):
         if name in names[:number]:
             raise UserError(f"{name} is named twice")
-    protocols = {str(check_checkpoint(name, suite.protocol)): name for name in names}
+    protocols = {name: str(check_checkpoint(name, suite.protocol)) for name in names}
     rows: list[dict[str, Any]] = []
 
     def measured() -> Iterator[list[tuple[str, str]]]:
@@ -75,12 +75,11 @@ def compare_checkpoints(
             if output is not None:
                 with user_errors(output):
                     write_json(Path(output), rows)
-            yield [("model", name), *((each, _quality(result)) for each, result in results.items()), *_cells(cost)]
+            yield [("model", name), *((each, _quality(result)) for each, result in results.items()), *_cells(rows[-1])]
 
     if suite.texts:
-        print(
-            *(protocols if len(protocols) == 1 else (f"{name}: {each}" for each, name in protocols.items())), sep="\n"
-        )
+        same = set(protocols.values())
+        print(*(same if len(same) == 1 else (f"{name}: {each}" for name, each in protocols.items())), sep="\n")
     print("loss of a text in nats a token, accuracy on pairs and tasks; speed of one sequence, sparse models prepared")
     table = measured()
     first = next(table)  # which knows what tasks are called
@@ -127,13 +126,14 @@ def _quality(result: Result) -> str:
     return f"{result.accuracy:.4f}" if isinstance(result, PairAccuracy) else f"{result.score:.4f}"
 
 
-def _cells(cost: Mapping[str, Any]) -> list[tuple[str, str]]:
-    projections, activated = cost["projection_parameters"], cost["activated_parameters"]
+def _cells(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    projections, activated = row["projection_parameters"], row["activated_parameters"]
     return [
         ("activated", f"{short_count(activated)} of {short_count(projections)}" if activated else ""),
-        ("read a token", f"{cost['bytes_read_per_token'] / 1e6:,.1f} MB"),
-        ("on disk", f"{cost['bytes_on_disk'] / 1e6:,.1f} MB"),
-        ("tokens/s", f"{cost['tokens_per_second']:.1f}"),
+        ("dtype", row["dtype"].removeprefix("torch.")),
+        ("read a token", f"{row['bytes_read_per_token'] / 1e6:,.1f} MB"),
+        ("on disk", f"{row['bytes_on_disk'] / 1e6:,.1f} MB"),
+        ("tokens/s", f"{row['tokens_per_second']:.1f}"),
     ]
 
 

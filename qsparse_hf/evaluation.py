@@ -1,7 +1,7 @@
 """How good a model is: the loss of held-out text, its accuracy on minimal pairs of sentences and on tasks.
 
 A text is a sequence of tokens, of which every one but the first is scored once, by its log-probability behind those
-before it: the disjoint windows of lm-evaluation-harness. `Protocol` says how many are before it.
+before it. `Protocol` says how many are before it.
 """
 
 import logging

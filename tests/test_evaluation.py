@@ -259,7 +259,8 @@ def test_compare_puts_dense_and_sparse_into_one_table(tiny_checkpoint, tiny_toke
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [row[0].strip("| ") for row in rows] == ["model", "---", "dense", str(tiny_checkpoint), "tied"]
     assert rows[2][1] == f"{dense['texts']['model']['loss']:.4f}"
-    assert rows[3][2] == "30.72K of 61.44K"
+    assert rows[3][2:4] == ["30.72K of 61.44K", "float32"]
+    assert rows[4][3] == "bfloat16"
 
 
 @pytest.fixture
