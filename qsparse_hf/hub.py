@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -199,6 +200,8 @@ def _read_results(file: str) -> list[EvalResult]:
         found = []
     if not found:
         raise UserError(f"{file} holds no results as `qsparse eval` or lm-evaluation-harness write them")
+    if endless := [each for each in found if not math.isfinite(each.metric_value)]:
+        raise UserError(f"{file}: {endless[0].metric_name} on {endless[0].dataset_name} is {endless[0].metric_value}")
     return found
 
 

@@ -113,4 +113,4 @@ def write_json(path: Path, results: object) -> None:
         "python": platform.python_version(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps({"machine": machine, "results": results}, indent=1))
+    write_whole(path, json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
