@@ -103,7 +103,7 @@ def write_whole(file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
         return
     file = file.resolve()  # of a link, what it points to
-    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")  # no other process writes that one
     try:
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, file)
