@@ -25,17 +25,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .conversion import ConversionPlan, convert_checkpoint
-from .errors import UserError, user_errors
-from .evaluation import Protocol, Suite, evaluate_perplexity, good_rows
+from .errors import UserError, check_writable, user_errors, write_whole
+from .evaluation import Protocol, Suite, evaluate_perplexity
 from .loading import check_dtype, find_device, load_checkpoint
 from .measure import print_table
 from .modeling.configuration_qsparse import GROUPS, QSparseConfigMixin
 from .modeling.sparsify import magnitude, topk_sparsify
 from .modeling.sparsity import kept_features
 from .report import evaluating, projections
+from .texts import first_tokens
 
 GRID = tuple(step / 100 for step in range(96))
 """Sparsities at which curves are known, and between which ratios lie: at least 5 % of the features survive."""
@@ -260,12 +261,13 @@ def calibrate_checkpoint(
     suite = Suite.of(text)
     fields: dict[str, Any] = {"sparsity": sparsity, "sparsity_block_size": block_size}
     convert_checkpoint(source, output, overwrite=overwrite, dry_run=True, **fields)
+    check_writable(Path(output, FILE))
     model, tokenizer = load_checkpoint(source, device, dtype)
     config: Any = model.config
     window = min(1024, config.max_position_embeddings)
     if tokens < 4 * window:
         raise UserError(f"tokens must be at least 4 windows of {window}, got {tokens}")
-    ids = _tokens(suite, tokenizer, tokens)
+    ids = first_tokens(suite.texts.values(), tokenizer, tokens)
     if len(ids) < 4 * window:
         raise UserError(f"the text holds {len(ids):,} tokens, and calibration needs at least {4 * window:,}")
     rows = torch.tensor(ids[: min(tokens, len(ids)) // window * window]).view(-1, window)
@@ -273,6 +275,10 @@ def calibrate_checkpoint(
     rows, unseen = rows[~held_back], rows[held_back]
     with user_errors(source):
         found = refined(calibrate(model, rows, block_size), model, rows[: max(1, len(rows) // 3)], sparsity)
+    print(
+        f"on {unseen.numel():,} tokens of the text that the ratios were not chosen on; how much each group counts was "
+        f"chosen at {sparsity:g} for all rows"
+    )
     losses = _compare(found, model, unseen, sorted({*SHOWN, sparsity}))
     means = found.of_groups(sparsity)
     print("ratios: " + ", ".join(f"{group} {mean:.3f}" for group, mean in means.items()) + " (means over layers)")
@@ -280,19 +286,8 @@ def calibrate_checkpoint(
     plan = convert_checkpoint(source, output, overwrite=overwrite, sparsity_per_projection=ratios, **fields)
     facts = {"tokens": found.tokens, "sparsity": sparsity, "sparsity_per_projection": ratios, "losses": losses}
     with user_errors(output):
-        Path(output, FILE).write_text(json.dumps(facts | {"importance": found.importance}, indent=2) + "\n")
+        write_whole(Path(output, FILE), json.dumps(facts | {"importance": found.importance}, indent=2) + "\n")
     return plan
-
-
-def _tokens(suite: Suite, tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[int]:
-    """As many from each text, from its first document on."""
-    ids: list[int] = []
-    for number, place in enumerate(suite.texts.values(), start=1):
-        for row in good_rows(place):
-            if len(ids) >= tokens * number // len(suite.texts):
-                break
-            ids += tokenizer(row["text"], verbose=False)["input_ids"]
-    return ids
 
 
 def _compare(found: Calibration, model: PreTrainedModel, rows: Tensor, sparsities: list[float]) -> dict[str, Any]:
@@ -312,6 +307,5 @@ def _compare(found: Calibration, model: PreTrainedModel, rows: Tensor, sparsitie
             figures = [(f"{loss:.4f}", f"{math.exp(loss):.2f}") for loss in (uniform, calibrated)]
             yield [f"{sparsity:g}", *figures[0], *figures[1], removed]
 
-    print(f"on {rows.numel():,} tokens of the text that the ratios were not chosen on")
     print_table(["sparsity", "loss", "perplexity", "calibrated", "perplexity", "of the gap removed"], table())
     return losses

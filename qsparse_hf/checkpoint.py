@@ -43,9 +43,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 HEADER_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes that are converted, by their names in a safetensors header."""
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
-"""Patterns of the files that a tokenizer is saved in."""
-
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.")
 # Old Llama checkpoints carry these; Transformers computes them from the configuration, and ignores them too.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")

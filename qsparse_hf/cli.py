@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 _MODEL = "folder or Hub id of a checkpoint, Q-Sparse or dense, or a folder of adapters"
+_TEXT = 'files, folders or globs of text, JSONL, parquet or CSV, or {"dataset": ..., "split": ..., "columns": ...}'
 
 
 def convert(arguments: argparse.Namespace) -> None:
@@ -133,8 +134,7 @@ def _add_suite(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="[NAME=]DATA",
-        help="files, folders or globs of text, JSONL, parquet or CSV, or "
-        '{"dataset": ..., "split": ..., "columns": ...}; each a row of the table',
+        help=f"{_TEXT}; each a row of the table",
     )
     add("--window", type=int, metavar="N", help="tokens read at once (default: 1024, or the model's positions)")
     add("--stride", type=int, metavar="N", help="from window to window (default: the window, no overlap)")
@@ -219,7 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("source", help="folder or Hub id of the dense checkpoint")
     p.add_argument("output", help="folder to write")
-    p.add_argument("--text", nargs="+", required=True, metavar="TEXT", help="files, or ids of datasets on the Hub")
+    p.add_argument("--text", nargs="+", required=True, metavar="DATA", help=_TEXT)
     p.add_argument("--sparsity", type=float, default=0.5, help="of all projections together (default %(default)s)")
     p.add_argument("--block-size", type=int, metavar="M", help="top-K inside every M features (default: over all)")
     p.add_argument("--tokens", type=int, default=32768, help="at most this many of the text (default %(default)s)")
@@ -247,7 +247,7 @@ def build_parser() -> argparse.ArgumentParser:
         "qsparse report my-checkpoint --text README.md --output report/",
     )
     p.add_argument("model", help=_MODEL)
-    p.add_argument("--text", nargs="+", required=True, metavar="FILE", help="text files to run through the model")
+    p.add_argument("--text", nargs="+", required=True, metavar="DATA", help=_TEXT)
     p.add_argument("--tokens", type=int, default=4096, help="at most this many tokens (default %(default)s)")
     p.add_argument("--output", metavar="DIR", help="also write sparsity.json and sparsity.png there")
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from .bench import tokens_per_second
+from .checkpoint import locate_tensors
 from .errors import UserError, check_writable, user_errors
 from .evaluation import (
     Evaluation,
@@ -21,7 +23,7 @@ from .evaluation import (
 )
 from .loading import check_dtype, find_base, find_device, load_checkpoint
 from .measure import print_table, write_json
-from .report import count_parameters
+from .report import count_parameters, short_count
 
 
 def compare_checkpoints(
@@ -58,10 +60,10 @@ def compare_checkpoints(
     for number, name in enumerate(names):
         if name in names[:number]:
             raise UserError(f"{name} is named twice")
-    protocols = {str(check_checkpoint(name, suite.protocol)): name for name in names}
+    protocols = {name: str(check_checkpoint(name, suite.protocol)) for name in names}
     rows: list[dict[str, Any]] = []
 
-    def measured() -> Iterator[dict[str, str]]:
+    def measured() -> Iterator[list[tuple[str, str]]]:
         for name in names:
             model, tokenizer = load_checkpoint(name, device, dtype)
             results = dict(suite.measure(model, tokenizer))
@@ -73,16 +75,15 @@ def compare_checkpoints(
             if output is not None:
                 with user_errors(output):
                     write_json(Path(output), rows)
-            yield {"model": name} | {each: _quality(result) for each, result in results.items()} | _cells(cost)
+            yield [("model", name), *((each, _quality(result)) for each, result in results.items()), *_cells(rows[-1])]
 
     if suite.texts:
-        print(
-            *(protocols if len(protocols) == 1 else (f"{name}: {each}" for each, name in protocols.items())), sep="\n"
-        )
+        same = set(protocols.values())
+        print(*(same if len(same) == 1 else (f"{name}: {each}" for name, each in protocols.items())), sep="\n")
     print("loss of a text in nats a token, accuracy on pairs and tasks; speed of one sequence, sparse models prepared")
     table = measured()
     first = next(table)  # which knows what tasks are called
-    print_table(list(first), (list(row.values()) for row in chain([first], table)))
+    print_table([heading for heading, _ in first], ([cell for _, cell in row] for row in chain([first], table)))
     if picture is not None:
         with user_errors(picture):
             _draw(rows, Path(picture))
@@ -109,13 +110,14 @@ def _cost(name: str, model: PreTrainedModel) -> dict[str, Any]:
 
 def _size_on_disk(name: str) -> int:
     """Bytes of a checkpoint's weights, which are there, as they were loaded; of adapters, with their base model's."""
-    total = 0
-    for place in {name, find_base(name)}:
-        folder = Path(place)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(place, allow_patterns="*.safetensors*", local_files_only=True))
-        total += sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return total
+    base = find_base(name)
+    folder = Path(base)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(base, allow_patterns="*.safetensors*", local_files_only=True))
+    files = {tensor.path for tensor in locate_tensors(folder).values()}
+    if base != name:
+        files.add(Path(name, ADAPTER_SAFE_WEIGHTS_NAME))
+    return sum(file.stat().st_size for file in files)
 
 
 def _quality(result: Result) -> str:
@@ -124,14 +126,15 @@ def _quality(result: Result) -> str:
     return f"{result.accuracy:.4f}" if isinstance(result, PairAccuracy) else f"{result.score:.4f}"
 
 
-def _cells(cost: Mapping[str, Any]) -> dict[str, str]:
-    projections, activated = cost["projection_parameters"], cost["activated_parameters"]
-    return {
-        "activated": f"{activated / 1e6:,.1f} of {projections / 1e6:,.1f} M" if activated else "",
-        "read a token": f"{cost['bytes_read_per_token'] / 1e6:,.1f} MB",
-        "on disk": f"{cost['bytes_on_disk'] / 1e6:,.1f} MB",
-        "tokens/s": f"{cost['tokens_per_second']:.1f}",
-    }
+def _cells(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    projections, activated = row["projection_parameters"], row["activated_parameters"]
+    return [
+        ("activated", f"{short_count(activated)} of {short_count(projections)}" if activated else ""),
+        ("dtype", row["dtype"].removeprefix("torch.")),
+        ("read a token", f"{row['bytes_read_per_token'] / 1e6:,.1f} MB"),
+        ("on disk", f"{row['bytes_on_disk'] / 1e6:,.1f} MB"),
+        ("tokens/s", f"{row['tokens_per_second']:.1f}"),
+    ]
 
 
 def _draw(rows: Sequence[Mapping[str, Any]], file: Path) -> None:

@@ -27,10 +27,13 @@ def check_config(source: str | Path, fields: Mapping[str, object] | None = None,
         UserError: it cannot be read, or `check_fields` refuses it.
     """
     from transformers import PreTrainedConfig  # its import is not for every command
+    from transformers.utils import ADAPTER_CONFIG_NAME
 
     check_source(source, named)
     with user_errors(named or source):
-        if Path(source, "adapter_config.json").exists():
+        if Path(source).suffix == ".gguf" and Path(source).is_file():
+            raise UserError(f"{named or source} is a GGUF file; make a checkpoint of it first, with `qsparse convert`")
+        if Path(source, ADAPTER_CONFIG_NAME).exists():
             raise UserError(
                 f"{named or source} holds adapters of another model; merge them into it first, with PEFT's "
                 "merge_and_unload"

@@ -148,6 +148,8 @@ def convert_checkpoint(
     _check_target(output, Path(source), overwrite)
     if gguf_file is None:
         check_source(source)
+    if revision is not None and os.path.exists(source):
+        raise UserError(f"{source} is here and has no revision {revision!r}; only a Hub repository has")
     gguf = _gguf_file(source, gguf_file, revision, DTYPES.get(dtype or ""))
     with TemporaryDirectory() as described:
         if gguf is not None:

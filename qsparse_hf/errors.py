@@ -97,6 +97,21 @@ def check_source(source: object, named: str | None = None) -> None:
         raise UserError(refused + "the Hub did not give it: HF_HUB_OFFLINE is set, and nothing of it was downloaded")
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that holds all of `text` or, where that fails or is killed, what it held before."""
+    if file.exists() and not file.is_file():  # a pipe, or /dev/stdout
+        file.write_text(text, encoding="utf-8")
+        return
+    file = file.resolve()  # of a link, what it points to
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")  # no other process writes that one
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, file)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
 def check_writable(file: str | Path) -> None:
     """Make sure that `file` can be written, its missing folders included, and leave everything as it was.
 

@@ -1,7 +1,7 @@
 """How good a model is: the loss of held-out text, its accuracy on minimal pairs of sentences and on tasks.
 
 A text is a sequence of tokens, of which every one but the first is scored once, by its log-probability behind those
-before it: the disjoint windows of lm-evaluation-harness. `Protocol` says how many are before it.
+before it. `Protocol` says how many are before it.
 """
 
 import logging
@@ -26,9 +26,10 @@ from transformers import (
 from .errors import UserError, check_writable, user_errors
 from .loading import check_dtype, find_base, find_device, load_checkpoint, load_tokenizer
 from .measure import print_table, write_json
-from .report import SparsityReport, counting, evaluating, projections, token_losses
-from .sources import RowCheck, Source, check_whole, read_documents
+from .report import SparsityReport, counting, evaluating, projections, token_losses, totals
+from .sources import Source, check_whole
 from .tasks import Task, TaskScore, find_tasks, run_tasks
+from .texts import good_rows
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class Evaluation:
             "documents": self.documents,
             "bytes": self.bytes,
             "protocol": asdict(self.protocol),
-        } | _sparsity(self.sparsity)
+        } | totals(self.sparsity)
 
 
 @dataclass(frozen=True)
@@ -167,17 +168,10 @@ class PairAccuracy:
         """Everything, as JSON takes it, but for the sparsity of single layers."""
         by_phenomenon = {name: self.right[name] / count for name, count in self.pairs.items()}
         overall = {"accuracy": self.accuracy, "pairs": sum(self.pairs.values()), "accuracy_of": by_phenomenon}
-        return overall | _sparsity(self.sparsity)
+        return overall | totals(self.sparsity)
 
 
 Result: TypeAlias = Evaluation | PairAccuracy | TaskScore
-
-
-def _sparsity(report: SparsityReport | None) -> dict[str, Any]:
-    return {
-        "sparsity": report and report.to_dict()["sparsity"],
-        "activated_parameters": report and report.activated_parameters,
-    }
 
 
 def evaluate_perplexity(
@@ -202,7 +196,7 @@ def evaluate_perplexity(
         progress: what the progress bar and messages call the text; None for no bar.
 
     Raises:
-        UserError: nothing to score, or what the protocol asks for is not there.
+        UserError: nothing to score, a prediction that is NaN, or what the protocol asks for is not there.
     """
     model = getattr(model, "_orig_mod", model)  # windows of many lengths would be compiled each
     if batch_size < 1:
@@ -324,6 +318,11 @@ def _log_probabilities(
                 counters.mask = None if padded is None else padded.bool()
             logits = model(input_ids=ids, attention_mask=padded, use_cache=False).logits
             sums[chosen] = -token_losses(logits, targets.to(logits.device)).double().sum(1).cpu()
+            if sums[chosen].isnan().any():
+                raise UserError(
+                    f"{progress or 'the text'}: the model predicts NaN in {str(logits.dtype).removeprefix('torch.')}; "
+                    "its weights hold some, or its activations leave the dtype's range, of which float32 has the widest"
+                )
             bar.update(int((targets != -100).sum()))
         return sums, None if counters is None else counters.report()
 
@@ -347,7 +346,7 @@ def evaluate_pairs(
         progress: what the progress bar and messages call the pairs; None for no bar.
 
     Raises:
-        UserError: there are no pairs, or the tokenizer has neither token.
+        UserError: there are no pairs, a prediction is NaN, or the tokenizer has neither token.
     """
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if begin is None:
@@ -410,14 +409,23 @@ class Suite:
             questions: at most that many of each task.
 
         Raises:
-            UserError: nothing to measure, a name twice, a file or task that is not there, or a number out of range.
+            UserError: nothing to measure, a name twice, a file or task that is not there, a number out of range, or a
+                setting of what is not measured.
         """
         for name, value in (("batch_size", batch_size), ("questions", 1 if questions is None else questions)):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if not (text or pairs or tasks):
             raise UserError("nothing to measure on; name a text, pairs or tasks")
-        return cls(_named(text), _named(pairs, PAIR_COLUMNS), find_tasks(tasks), protocol, batch_size, questions)
+        if protocol != Protocol() and not text:
+            raise UserError("window, stride, bos, joined and tokens are settings of texts, and no text is named")
+        if questions is not None and not tasks:
+            raise UserError("questions are those of tasks, and no task is named")
+        texts, paired, found = _named(text), _named(pairs, PAIR_COLUMNS), find_tasks(tasks)
+        names = [*texts, *paired, *(task.name for task in found)]
+        if twice := [name for name in names if names.count(name) > 1]:  # of two results one would be lost
+            raise UserError(f"two are named {twice[0]!r}; put another name before one of them, as in other=DATA")
+        return cls(texts, paired, found, protocol, batch_size, questions)
 
     def measure(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Result]]:
         """Each result with its name, as soon as it is there.
@@ -455,29 +463,14 @@ def _named(written: Sequence[str], columns: dict[str, str] | None = None) -> dic
     return sources
 
 
-def good_rows(source: Source) -> Iterator[dict[str, Any]]:
-    """The rows that can be read; what is wrong with the others is said once."""
-    check = RowCheck(skip=True)
-    documents, _ = read_documents([source], streaming=False, seed=0)  # a stream's order would be drawn
-    for row in documents:
-        if check.passes(row):
-            yield row
-    if check.skipped == check.rows:
-        raise UserError(check.first or f"{source} holds no row")
-    if check.skipped:
-        logger.warning("%s: %s", source, check)
-
-
 def check_checkpoint(name: str, protocol: Protocol) -> Protocol:
     """`protocol` with every value that the checkpoint decides filled in, before its weights are read.
 
     Raises:
         UserError: its configuration or tokenizer cannot be read, or does not allow the protocol.
     """
-    config = AutoConfig.from_pretrained(find_base(name))
-    tokenizer = load_tokenizer(name)
     with user_errors(name):
-        return protocol.resolved(config, tokenizer)
+        return protocol.resolved(AutoConfig.from_pretrained(find_base(name)), load_tokenizer(name))
 
 
 def evaluate_checkpoint(
@@ -533,8 +526,8 @@ def _cells(result: Result) -> list[str]:
         error = "" if result.standard_error is None else f" ± {result.standard_error:.3f}"
         shots = "" if result.shots is None else f", {result.shots} shots"
         asked = "" if result.questions is None else f"{result.questions:,} questions"
-        return ["", "", "", f"{result.score:.3f}{error} ({result.metric}{shots})", asked, "", ""]
-    if isinstance(result, PairAccuracy):
+        measured = ["", "", "", f"{result.score:.3f}{error} ({result.metric}{shots})", asked]
+    elif isinstance(result, PairAccuracy):
         measured = ["", "", "", f"{result.accuracy:.4f}", f"{sum(result.pairs.values()):,} pairs"]
     else:
         bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"

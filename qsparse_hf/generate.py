@@ -16,10 +16,14 @@ from .modeling.modeling_qsparse import QSparsePreTrainedModel
 
 
 class _Streamer(TextStreamer):
-    """Prints the text as it comes, counts its tokens and notes when the first and the last came."""
+    """Prints the text as it comes, counts its tokens and notes when the first and the last came.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    What continues the prompt is decoded with it: the first word of a text would have no space before it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, continues: bool) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.continues = continues
         self.times: list[float] = []
         self.ids: list[int] = []
 
@@ -27,6 +31,9 @@ class _Streamer(TextStreamer):
         if not self.next_tokens_are_prompt:
             self.times.append(time.perf_counter())
             self.ids += value.flatten().tolist()
+        elif self.continues:
+            self.token_cache = value.flatten().tolist()
+            self.print_len = len(str(self.tokenizer.decode(self.token_cache, **self.decode_kwargs)))
         super().put(value)
 
     def speed(self) -> str:
@@ -68,6 +75,8 @@ class Chat:
             raise UserError(f"temperature must be at least 0, got {temperature}")
         if seed is not None and not 0 <= seed < 2**32:
             raise UserError(f"seed must be from 0 to {2**32 - 1}, got {seed}")
+        if seed is not None and temperature == 0:
+            raise UserError(f"seed {seed} is of sampling, and at a temperature of 0 nothing is drawn")
         self.model: Any
         self.tokenizer: Any
         self.model, self.tokenizer = load_checkpoint(model)
@@ -113,7 +122,7 @@ class Chat:
             raise UserError("the prompt is empty")
         if length >= longest:
             raise UserError(f"the conversation has {length} tokens, and the model takes {longest}")
-        streamer = _Streamer(self.tokenizer)
+        streamer = _Streamer(self.tokenizer, continues=not self.chats)
         if not self.chats:
             print(prompt, end="", flush=True)
         keys = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask") if key in inputs}

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from huggingface_hub.errors import (  # HTTPError is httpx's or httpx2's, by ver
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from .checkpoint import (
     COMPANIONS,
@@ -34,8 +36,6 @@ from .model_card import Origin, find_origin, for_repository, is_ours, is_reposit
 logger = logging.getLogger(__name__)
 
 _CARD = constants.REPOCARD_NAME
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Of an earlier push, what `from_pretrained` might read in place of what is sent now, or beside it.
 _REPLACED = ("model*.safetensors", INDEX, "pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_*")
 
@@ -131,17 +131,19 @@ def _contents(folder: Path, repository: str, base_model: Origin | None, results:
     """What is sent, by its name there: files as they are, or what is written in their place."""
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} is no folder")
-    adapters = (folder / _ADAPTER_CONFIG).exists()
+    adapters = (folder / ADAPTER_CONFIG_NAME).exists()
     contents: dict[str, Path | bytes] = {}
     if adapters:
-        contents[_ADAPTER_CONFIG] = _adapter_config(folder / _ADAPTER_CONFIG, base_model.name if base_model else None)
-        if not (folder / _ADAPTER_WEIGHTS).is_file():
-            raise UserError(f"{folder} lacks {_ADAPTER_WEIGHTS}; adapters in other formats are not sent")
-        contents[_ADAPTER_WEIGHTS] = folder / _ADAPTER_WEIGHTS
+        contents[ADAPTER_CONFIG_NAME] = _adapter_config(
+            folder / ADAPTER_CONFIG_NAME, base_model.name if base_model else None
+        )
+        if not (folder / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
+            raise UserError(f"{folder} lacks {ADAPTER_SAFE_WEIGHTS_NAME}; adapters in other formats are not sent")
+        contents[ADAPTER_SAFE_WEIGHTS_NAME] = folder / ADAPTER_SAFE_WEIGHTS_NAME
     else:
         if not (folder / CONFIG).is_file():
             raise UserError(
-                f"{folder} holds neither {CONFIG} nor {_ADAPTER_CONFIG}; name a folder that a model is saved in"
+                f"{folder} holds neither {CONFIG} nor {ADAPTER_CONFIG_NAME}; name a folder that a model is saved in"
             )
         code = [
             reference
@@ -198,6 +200,8 @@ def _read_results(file: str) -> list[EvalResult]:
         found = []
     if not found:
         raise UserError(f"{file} holds no results as `qsparse eval` or lm-evaluation-harness write them")
+    if endless := [each for each in found if not math.isfinite(each.metric_value)]:
+        raise UserError(f"{file}: {endless[0].metric_name} on {endless[0].dataset_name} is {endless[0].metric_value}")
     return found
 
 

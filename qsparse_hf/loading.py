@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from .checkpoint import DTYPES, TOKENIZER_FILES
 from .configuration import check_config
@@ -42,7 +43,7 @@ def find_base(name: str) -> str:
         UserError: its configuration cannot be read or built with.
     """
     base = name
-    if Path(name, "adapter_config.json").is_file():
+    if Path(name, ADAPTER_CONFIG_NAME).is_file():
         from peft import PeftConfig
 
         with user_errors(name):
@@ -69,7 +70,7 @@ def load_tokenizer(source: str | Path) -> Any:
 def load_checkpoint(
     name: str, device: str | None = None, dtype: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model to run, and its tokenizer.
+    """A causal language model to run, and its tokenizer; weights are read from safetensors alone, nothing is unpickled.
 
     Args:
         name: folder or Hub id of a dense or Q-Sparse checkpoint, or a folder of adapters, which are merged.
@@ -82,9 +83,11 @@ def load_checkpoint(
     place = find_device(device)
     check_dtype(dtype)
     base = find_base(name)
+    if base != name and not Path(name, ADAPTER_SAFE_WEIGHTS_NAME).is_file():
+        raise UserError(f"{name} lacks {ADAPTER_SAFE_WEIGHTS_NAME}; adapters in other formats are not read")
     tokenizer = load_tokenizer(name)
     with user_errors(name):
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES.get(dtype, "auto"))
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True)
         if base != name:
             from peft import PeftModel
 

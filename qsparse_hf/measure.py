@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import is_triton_available
 
-from .errors import check_writable
+from .errors import check_writable, write_whole
 from .modeling.sparsify import IMPLS
 from .modeling.sparsity import check_sparsity
 
@@ -113,4 +113,4 @@ def write_json(path: Path, results: object) -> None:
         "python": platform.python_version(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+    write_whole(path, json.dumps({"machine": machine, "results": results}, indent=1) + "\n")

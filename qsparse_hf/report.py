@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .decode.prepare import as_restored
-from .errors import UserError, check_writable, user_errors
+from .errors import UserError, check_writable, user_errors, write_whole
 from .loading import load_checkpoint
 from .modeling.configuration_qsparse import GROUPS, ProjectionGroup, QSparseConfigMixin
 from .modeling.modeling_qsparse import QSparsePreTrainedModel
@@ -212,7 +212,7 @@ class SparsityReport:
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Write `to_dict()` to `path`."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     def save_plot(self, path: str | os.PathLike) -> None:
         """Draw a heat map, layers by groups, as a PNG."""
@@ -235,15 +235,23 @@ class SparsityReport:
         figure.savefig(path, dpi=120)
 
 
+def totals(report: SparsityReport | None) -> dict[str, Any]:
+    """The sparsity of each group and of all, and the activated parameters, as JSON takes them; None of no report."""
+    return {
+        "sparsity": report and report.to_dict()["sparsity"],
+        "activated_parameters": report and report.activated_parameters,
+    }
+
+
 def _activated(parameters: dict[str, int], sparsity: dict[str, float]) -> dict[str, int]:
     return {group: round(weights * (1 - sparsity[group])) for group, weights in parameters.items()}
 
 
 def _row(name: str, weights: int, activated: int, sparsity: float) -> str:
-    return f"{name:<7}{_short(weights):>11}{_short(activated):>11}{100 * sparsity:>10.1f}%"
+    return f"{name:<7}{short_count(weights):>11}{short_count(activated):>11}{100 * sparsity:>10.1f}%"
 
 
-def _short(count: int) -> str:
+def short_count(count: int) -> str:
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= unit:
             return f"{count / unit:.2f}{name}"
@@ -370,28 +378,33 @@ def _targets(inputs: Mapping, logits: Tensor | None) -> Tensor | None:
 
 
 def report_checkpoint(
-    model: str, text_files: list[str], output: str | None = None, tokens: int = 4096, row_length: int = 512
+    model: str, text: list[str], output: str | None = None, tokens: int = 4096, row_length: int = 512
 ) -> SparsityReport:
-    """Load a checkpoint and report on text files; with `output`, write `sparsity.json` and `sparsity.png` there.
+    """Load a checkpoint and report on text; with `output`, write `sparsity.json` and `sparsity.png` there.
 
     Args:
         model: as `load_checkpoint` takes it; it runs on a GPU where there is one.
-        tokens: at most this many tokens of the text are run, in rows of `row_length`.
+        text: data sources as `sources.Source.parse` reads them.
+        tokens: at most this many of the text are run, as many of each source, in rows of `row_length`.
 
     Raises:
-        UserError: the checkpoint or a file cannot be read, or the text is empty.
+        UserError: the checkpoint or a source cannot be read, or the text is empty.
     """
+    from .sources import Source  # it brings `datasets`, which nothing else here needs
+    from .texts import first_tokens, good_rows
+
     if tokens < 1:
         raise UserError(f"tokens must be at least 1, got {tokens}")
     targets = [Path(output) / name for name in ("sparsity.json", "sparsity.png")] if output is not None else []
     for target in targets:
         check_writable(target)
-    with user_errors(", ".join(map(str, text_files))):
-        text = "\n".join(Path(file).read_text(encoding="utf-8", errors="replace") for file in text_files)
+    sources = [Source.parse(str(each)) for each in text]
+    for source in sources:
+        next(good_rows(source))  # to see that it is there
     loaded, tokenizer = load_checkpoint(model)
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:tokens], device=loaded.device)
+    ids = torch.tensor(first_tokens(sources, tokenizer, tokens), device=loaded.device)
     if len(ids) == 0:
-        raise UserError(f"{', '.join(text_files)}: no text")
+        raise UserError(f"{', '.join(map(str, sources))}: no text")
     rows = [row[None] for row in ids.split(row_length)]
     with user_errors(model), tqdm(rows, desc="measuring", unit="row") as progress:
         report = sparsity_report(loaded, progress)

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .errors import UserError, user_errors
+from .report import SparsityReport, counting, projections, totals
 
 PAPER = {"arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "winogrande": 5, "truthfulqa_mc2": 0}
 """The tasks of the paper's tables 7 and 8 (arXiv 2407.10969), with the Open LLM Leaderboard's numbers of shots."""
@@ -41,6 +43,8 @@ class TaskScore:
         shots: solved examples before each; None for a group.
         standard_error: of `score`; None where the harness gives none.
         metrics: all of the task's.
+        sparsity: of what the projections read meanwhile, padding included; of tasks that were run as one group, of all;
+            None for a model of a family that is not in `registration.FAMILIES`.
     """
 
     task: str
@@ -50,10 +54,11 @@ class TaskScore:
     shots: int | None
     standard_error: float | None
     metrics: dict[str, float]
+    sparsity: SparsityReport | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
-        return asdict(self)
+        """Everything, as JSON takes it, but for the sparsity of single layers."""
+        return vars(self) | totals(self.sparsity)
 
 
 def find_tasks(names: Iterable[str]) -> list[Task]:
@@ -106,15 +111,18 @@ def run_tasks(
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that it did not load itself
     scores = []
+    known = next(projections(model), None) is not None
     wrapped: Any = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     for task in tasks:
         manager = _manager(defaults=not _is_file(task.name))
-        with user_errors(f"task {task.name}"):
+        with ExitStack() as stack:
+            counters = stack.enter_context(counting(model)) if known else None
+            stack.enter_context(user_errors(f"task {task.name}"))
             found = simple_evaluate(
                 wrapped, tasks=[task.name], num_fewshot=task.shots, limit=questions, task_manager=manager
             )
         names = [task.name] if task.name in found["results"] else list(found["results"])
-        scores += [_score(name, found) for name in names]
+        scores += [_score(name, found, None if counters is None else counters.report()) for name in names]
     return scores
 
 
@@ -130,7 +138,7 @@ def _manager(defaults: bool) -> Any:
     return TaskManager(include_defaults=defaults)
 
 
-def _score(name: str, found: dict[str, Any]) -> TaskScore:
+def _score(name: str, found: dict[str, Any], sparsity: SparsityReport | None) -> TaskScore:
     values = {key.partition(",")[0]: value for key, value in found["results"][name].items() if "," in key}
     metrics = {key: value for key, value in values.items() if isinstance(value, int | float)}
     scores = {key: value for key, value in metrics.items() if not key.endswith("_stderr")}
@@ -147,4 +155,5 @@ def _score(name: str, found: dict[str, Any]) -> TaskScore:
         found["n-shot"].get(name),
         metrics.get(f"{metric}_stderr"),
         metrics,
+        sparsity,
     )

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import dense_config, run_qsparse, sparse_config
+from conftest import dense_config, make, run_qsparse, sparse_config
 
 from qsparse_hf import bench
 from qsparse_hf.bench import _configs, bench_decode
@@ -90,3 +90,18 @@ def test_a_checkpoint_is_measured_as_it_is(tmp_path, capsys):
 def test_mistakes_are_named(settings, said):
     with pytest.raises(UserError, match=said):
         bench_decode(**{"device": "cpu", "models": ["1b"]} | settings)
+
+
+def test_tokens_per_second_is_the_median_of_a_prepared_model(monkeypatch):
+    """And the model is left as it was."""
+    calls = []
+
+    def generate(model, prompt, new_tokens, cache):
+        calls.append((model.is_prepared, tuple(prompt.shape), new_tokens))
+        return [9e9, 1000.0, 50.0, 2000.0][len(calls) - 1], 0.0  # microseconds a token; the first compiles
+
+    monkeypatch.setattr(bench, "_generate", generate)
+    model = make(sparse_config("llama"))
+    assert bench.tokens_per_second(model, prompt=5, new_tokens=16) == 1000
+    assert calls == [(True, (1, 5), 8), *[(True, (1, 5), 16)] * 3]
+    assert not model.is_prepared

@@ -1,13 +1,14 @@
 """The ratios of a calibration against hand-computed ones, its curves against divergences, and the command."""
 
 import json
+import math
 
 import pytest
 import torch
 from conftest import dense_config, make, sparse_config
 from transformers import AutoModelForCausalLM
 
-from qsparse_hf import sparsity_report
+from qsparse_hf import evaluate_perplexity, sparsity_report
 from qsparse_hf.calibration import GRID, Calibration, calibrate, loss_at, refined, sparsified
 from qsparse_hf.cli import main
 from qsparse_hf.modeling.configuration_qsparse import GROUPS
@@ -89,15 +90,43 @@ def test_the_command_converts_at_the_ratios(tmp_path, tiny_tokenizer, capsys):
     tiny_tokenizer.save_pretrained(tmp_path / "dense")
     text = tmp_path / "text.txt"
     text.write_text("\n".join(["the quick brown fox jumps over the lazy dog."] * 20))
+    other = tmp_path / "other.txt"
+    other.write_text("How vexingly quick daft zebras jump! " * 20)
     source, output = str(tmp_path / "dense"), tmp_path / "sparse"
-    command = ["calibrate", source, str(output), "--text", str(text), "--sparsity", "0.45", "--tokens", "256"]
+    command = [
+        "calibrate",
+        source,
+        str(output),
+        "--text",
+        str(text),
+        str(other),
+        "--sparsity",
+        "0.45",
+        "--tokens",
+        "256",
+    ]
     assert main(command) == 0
-    assert "of the gap removed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of the gap removed" in said
     model = AutoModelForCausalLM.from_pretrained(output)
     assert sparsity_report(model, ROWS[:2]).overall == pytest.approx(0.45, abs=0.01)  # K is whole
     facts = json.loads((output / "calibration.json").read_text())
     assert facts["sparsity_per_projection"] == model.config.sparsity_per_projection
     assert set(facts["losses"]) == {"0.25", "0.4", "0.45", "0.5"}
+    # Half of the 256 tokens are of each text; every fourth window is held back.
+    ids = [*tiny_tokenizer(text.read_text())["input_ids"][:128], *tiny_tokenizer(other.read_text())["input_ids"][:128]]
+    held_back = torch.tensor(ids).view(8, 32)[3::4]
+    dense = AutoModelForCausalLM.from_pretrained(source)
+    uniform = AutoModelForCausalLM.from_pretrained(output, sparsity=0.45, sparsity_per_projection=None)
+    for name, each in (("dense", dense), ("uniform", uniform), ("calibrated", model)):
+        assert facts["losses"]["0.45"][name] == pytest.approx(evaluate_perplexity(each, held_back).loss, abs=1e-4)
+    losses = facts["losses"]["0.25"]
+    dense_ppl, uniform_ppl, ppl = (math.exp(losses[name]) for name in ("dense", "uniform", "calibrated"))
+    removed = f"{100 * (uniform_ppl - ppl) / (uniform_ppl - dense_ppl):.0f} %" if uniform_ppl > dense_ppl else ""
+    assert (
+        f"| 0.25 | {losses['uniform']:.4f} | {uniform_ppl:.2f} | {losses['calibrated']:.4f} | {ppl:.2f} | {removed} |"
+        in said
+    )
     for more, said in (
         (["--sparsity", "0.95"], "at most 0.9 to be calibrated, got 0.95"),
         (["--tokens", "100"], "tokens must be at least 4 windows of 32, got 100"),

@@ -74,7 +74,7 @@ MISTAKES = [
     (["report", "unfinished", "--text", "file.txt"], "it is an unfinished run's, name one of the checkpoints in it"),
     (["report", "dense", "--text", "file.txt"], "dense holds no tokenizer, as an unfinished run's folder may"),
     (["report", "deep", "--text", "file.txt"], "num_hidden_layers must be an integer from 1 to 10,000, got 1000000000"),
-    (["report", "dense", "--text", "nowhere.txt", "--output", "out"], "nowhere.txt: No such file or directory"),
+    (["report", "dense", "--text", "nowhere.txt", "--output", "out"], "no file matches 'nowhere.txt'"),
     (["report", "dense", "--text", "file.txt", "--output", "file.txt"], "cannot be written: file.txt is no folder"),
     (["report", "dense", "--text", "file.txt", "--output", "loop"], "cannot be written"),
     (["report", "dense", "--text", "file.txt", "--output", LONG], "cannot be written: File name too long"),

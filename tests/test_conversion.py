@@ -588,6 +588,7 @@ def test_the_command_says_it_in_one_line(tmp_path, capsys):
         ("not-on-this-machine", tmp_path / "sparse"),
         (tmp_path / "dense", tmp_path / "sparse", "--sparsity", 1),
         (tmp_path / "dense", tmp_path / "sparse", "--per-projection", "gate=0.5"),
+        (tmp_path / "dense", tmp_path / "sparse", "--revision", "main"),
         (tmp_path / "dense", tmp_path / "taken"),
         (tmp_path / "dense", tmp_path / "dense", "--overwrite"),
         (tmp_path / "dense", tmp_path, "--overwrite"),

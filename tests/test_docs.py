@@ -35,6 +35,7 @@ PAGES = ["README.md", *(f"{page}.md" for page in re.findall(r"^docs/\w+$", CONF,
 SMALLER = {
     "qsparse train": "max_steps=2 sparsity_ramp_steps=1 logging_steps=1 eval_steps=2 save_steps=2 use_cpu=true",
     "qsparse calibrate": "--tokens 6144",
+    "qsparse eval runs/trained --tasks": "",
     "qsparse eval": "--tokens 1000",
     "qsparse compare": "--tokens 1000",
     "qsparse report": "--tokens 500",
@@ -60,6 +61,9 @@ NOT_RUN = {
     "curl": "tests/test_serving.py and tests/test_vllm.py send such a request",
     "python -m qsparse_hf.serving": "it serves until it is stopped; tests/test_serving.py starts it",
 }
+
+# Options that a page names of other programs: vLLM's, and Transformers' server's.
+OTHERS = {"--trust-remote-code", "--tensor-parallel-size", "--cb-num-blocks"}
 
 
 class Block(NamedTuple):
@@ -223,7 +227,7 @@ def test_what_the_text_names_is_there():
                 assert rest.split()[0] in known, f"{page}: {span}"
                 assert {word for word in rest.split() if word.startswith("--")} <= known[rest.split()[0]], span
             elif first.startswith("--"):
-                assert first in every, f"{page}: {span}"
+                assert first in every | OTHERS, f"{page}: {span}"
             elif first == "make":
                 assert re.search(rf"^(?:[\w-]+ )*{rest}\b.*:", MAKEFILE, re.MULTILINE), f"{page}: {span}"
             for extra in re.findall(r'"\.\[(\w+)\]"', span):

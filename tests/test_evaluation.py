@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import dense_config, make, sparse_config
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedTokenizerFast
 
 from qsparse_hf.cli import main
@@ -53,6 +54,7 @@ def test_agrees_with_a_loop_over_single_tokens(family, window, stride, bos, tiny
     )
     assert found.perplexity == pytest.approx(math.exp(found.loss))
     assert found.sparsity.overall == pytest.approx(0.4, abs=0.01)
+    assert stride or found.sparsity.tokens == found.tokens  # no padding
     assert found.bits_per_byte is None
 
 
@@ -75,6 +77,21 @@ def test_a_gpu_measures_the_same(family, dtype):
     found = evaluate_perplexity(model.cuda(), documents, protocol=Protocol(16, 12))
     assert found.loss == pytest.approx(expected.loss, rel=0.02)  # a top-K amplifies rounding
     assert found.sparsity.overall == expected.sparsity.overall
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_that_predicts_nan_has_no_figures(dtype, tokens, tiny_tokenizer):
+    model = make(sparse_config("llama"), dtype=dtype)
+    if dtype == torch.float32:
+        model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    else:
+        model.model.embed_tokens.weight.data.fill_(6e4)  # finite, and its logits are not
+        model.lm_head.weight.data.fill_(6e4)
+    said = f"predicts NaN in {str(dtype).removeprefix('torch.')}"
+    with pytest.raises(UserError, match=said):
+        evaluate_perplexity(model, tokens)
+    with pytest.raises(UserError, match=said):
+        evaluate_pairs(model, [("one", "a dog", "dog a")], tiny_tokenizer)
 
 
 def test_other_families_have_a_loss_and_no_sparsity(tokens):
@@ -111,9 +128,27 @@ def test_letters_of_several_bytes_and_tokens():
     assert (found.tokens, found.bytes) == (7, 7)
 
 
-def test_a_pair_counts_where_the_good_sentence_is_likelier(tiny_tokenizer):
+def test_words_of_several_bytes_behind_a_begin_token():
+    """A tokenizer that puts a begin token before a text has every window begin so; a gap belongs to the next word."""
+    backend = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "dog": 2}, unk_token="a"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    model = make(dense_config("llama"))
+    found = evaluate_perplexity(model, ["a dog a dog"], tokenizer, Protocol(window=3))
+    assert (found.protocol.bos, found.tokens, found.bytes) == (True, 4, 11)
+    assert found.loss == pytest.approx(loss_by_hand(model, [[1, 2, 1, 2]], 3, 3, bos=0), abs=1e-4)
+    assert found.bits_per_byte == pytest.approx(found.loss * 4 / 11 / math.log(2))
+    without = evaluate_perplexity(model, ["a dog a dog"], tokenizer, Protocol(bos=False))
+    assert (without.tokens, without.bytes) == (3, 10)
+
+
+@pytest.mark.parametrize("begin", [1, 2], ids=["begin token", "end token"])
+def test_a_pair_counts_where_the_good_sentence_is_likelier(begin, tiny_tokenizer):
     model = make(sparse_config("qwen2"))
-    # It has no begin token, so the end token (2) begins a sentence.
+    if begin == 1:  # else it has no begin token, so the end token begins a sentence
+        tiny_tokenizer = copy.deepcopy(tiny_tokenizer)
+        tiny_tokenizer.bos_token = "<start>"
     sentences = [
         ("one", "a dog", "dog a"),
         ("one", "cats", "catz!"),
@@ -124,7 +159,7 @@ def test_a_pair_counts_where_the_good_sentence_is_likelier(tiny_tokenizer):
     @torch.no_grad()
     def total(sentence: str) -> float:
         ids = tiny_tokenizer(sentence)["input_ids"]
-        logits = model(input_ids=torch.tensor([[2, *ids]])).logits[0].double().log_softmax(-1)
+        logits = model(input_ids=torch.tensor([[begin, *ids]])).logits[0].double().log_softmax(-1)
         return sum(logits[place, token].item() for place, token in enumerate(ids))
 
     expected = [total(good) > total(bad) for _, good, bad in sentences]
@@ -161,12 +196,19 @@ def test_eval_reads_texts_of_every_kind(tiny_checkpoint, tmp_path, capsys, monke
 
 def test_mistakes_get_one_line(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, content in (("a.txt", TEXT), ("short.txt", "a"), ("pairs.jsonl", '{"sentence_good": "a"}')):
+    for name, content in (
+        ("a.txt", TEXT),
+        ("short.txt", "a"),
+        ("a.gguf", "GGUF"),
+        ("pairs.jsonl", '{"sentence_good": "a"}'),
+    ):
         (tmp_path / name).write_text(content)
+    (tmp_path / "good.jsonl").write_text('{"sentence_good": "a", "sentence_bad": "b", "UID": "c"}')
     model = str(tiny_checkpoint)
     for arguments, said in (
         (["eval", model], "nothing to measure on; name a text, pairs or tasks"),
         (["eval", "nowhere", "--text", "a.txt"], "nowhere"),
+        (["eval", "a.gguf", "--text", "a.txt"], "a.gguf is a GGUF file; make a checkpoint of it first, with `qsparse"),
         (["eval", model, "--text", "nowhere.txt"], "no file matches 'nowhere.txt'"),
         (["eval", model, "--text", "a.txt", "./a.txt"], "two texts are named 'a'"),
         (["eval", model, "--text", "short.txt"], "short holds no token that could be scored"),
@@ -180,6 +222,9 @@ def test_mistakes_get_one_line(tiny_checkpoint, tmp_path, capsys, monkeypatch):
         (["eval", model, "--text", "a.txt", "--bos"], "no begin token"),
         (["eval", model, "--text", "a.txt", "--output", "a.txt/x.json"], "cannot be written"),
         (["eval", model, "--pairs", "pairs.jsonl"], "pairs.jsonl:1: has no column 'UID'"),
+        (["eval", model, "--text", "a.txt", "--pairs", "a=good.jsonl"], "two are named 'a'; put another name before"),
+        (["eval", model, "--pairs", "good.jsonl", "--tokens", "9"], "are settings of texts, and no text is named"),
+        (["eval", model, "--text", "a.txt", "--questions", "9"], "questions are those of tasks, and no task is named"),
         (["compare", model, model, "--text", "a.txt"], "is named twice"),
         (["compare", model, "nowhere", "--text", "a.txt"], "nowhere"),
         (["compare", model, "--text", "a.txt", "--picture", "a.jpg"], "whose name ends with .png, got 'a.jpg'"),
@@ -195,21 +240,27 @@ def test_compare_puts_dense_and_sparse_into_one_table(tiny_checkpoint, tiny_toke
     (tmp_path / "a.txt").write_text(TEXT)
     make(dense_config("llama")).save_pretrained("dense")
     tiny_tokenizer.save_pretrained("dense")
-    arguments = ["--text", "a.txt", "--output", "c.json", "--picture", "c.png"]
-    assert main(["compare", "dense", str(tiny_checkpoint), *arguments]) == 0
-    dense, sparse = json.loads((tmp_path / "c.json").read_text())["results"]
+    shutil.copy("dense/model.safetensors", "dense/consolidated.safetensors")  # as Mistral's have: nothing reads it
+    make(dense_config("llama", tie_word_embeddings=True), dtype=torch.bfloat16).save_pretrained("tied")
+    tiny_tokenizer.save_pretrained("tied")
+    arguments = ["--text", "model=a.txt", "--output", "c.json", "--picture", "c.png"]
+    assert main(["compare", "dense", str(tiny_checkpoint), "tied", *arguments]) == 0
+    dense, sparse, tied = json.loads((tmp_path / "c.json").read_text())["results"]
     # Of a layer 30,720 weights in projections; beside them two norms of 64, the last norm, and a head of 128 x 64.
     projections, rest = 2 * 30720, 5 * 64 + 128 * 64
     assert (dense["activated_parameters"], sparse["activated_parameters"]) == (projections, projections // 2)
     assert dense["bytes_read_per_token"] == 4 * (projections + rest)
     assert sparse["bytes_read_per_token"] == 4 * (projections // 2 + rest)
+    assert tied["bytes_read_per_token"] == dense["bytes_read_per_token"] / 2  # of bfloat16, its embedding as the head
     assert dense["bytes_on_disk"] == (tmp_path / "dense" / "model.safetensors").stat().st_size
-    assert dense["texts"]["a"]["loss"] != sparse["texts"]["a"]["loss"]
-    assert min(dense["tokens_per_second"], sparse["tokens_per_second"]) > 1
+    assert dense["texts"]["model"]["loss"] != sparse["texts"]["model"]["loss"]
+    assert dense["tokens_per_second"] != sparse["tokens_per_second"]
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [row[0].strip("| ") for row in rows] == ["model", "---", "dense", str(tiny_checkpoint)]
-    assert rows[2][1] == f"{dense['texts']['a']['loss']:.4f}"
+    assert [row[0].strip("| ") for row in rows] == ["model", "---", "dense", str(tiny_checkpoint), "tied"]
+    assert rows[2][1] == f"{dense['texts']['model']['loss']:.4f}"
+    assert rows[3][2:4] == ["30.72K of 61.44K", "float32"]
+    assert rows[4][3] == "bfloat16"
 
 
 @pytest.fixture
@@ -254,6 +305,7 @@ def test_a_task_of_ones_own(local_task, tiny_checkpoint, tmp_path, capsys):
 
     right = [(total(q, b) > total(q, a)) == bool(label) for q, a, b, label in rows]
     assert (score["score"], score["questions"], score["shots"]) == (sum(right) / 4, 4, 0)
+    assert (score["sparsity"]["all"], score["activated_parameters"]) == (0.5, 30720)
     assert f"| {sum(right) / 4:.3f} ± " in capsys.readouterr().out
 
 

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 from conftest import dense_config, make
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from qsparse_hf.cli import main
 from qsparse_hf.errors import UserError
@@ -50,10 +51,24 @@ def test_a_prompt_is_continued_without_one(tiny_checkpoint, tmp_path, tiny_token
     for folder in (tiny_checkpoint, tmp_path / "dense"):
         assert main(["generate", str(folder), "hello", "--max-new-tokens", "8"]) == 0
         assert capsys.readouterr().out == "hello" + said_by(folder, "hello") + "\n"
+    assert main(["generate", str(tiny_checkpoint), "x" * 125]) == 0
+    assert "[3 tokens" in capsys.readouterr().err  # the model takes 128
     with pytest.raises(UserError, match="no chat template, and so no place for a system message"):
         Chat(str(tiny_checkpoint), system="brief")
+    assert Chat(str(tiny_checkpoint), prepared=True).model.is_prepared
     with pytest.raises(UserError, match="is a dense model; only Q-Sparse ones are prepared"):
         Chat(str(tmp_path / "dense"), prepared=True)
+
+
+def test_words_keep_the_space_between_them(tmp_path, capsys):
+    """Of a tokenizer that marks the beginning of a word, and drops that of a text."""
+    words = {"<unk>": 0, **{f"▁w{number}": number for number in range(1, 128)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(tmp_path)
+    make(dense_config("llama", eos_token_id=None)).save_pretrained(tmp_path)
+    assert main(["generate", str(tmp_path), "w5 w6", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out == "w5 w6 " + said_by(tmp_path, "w5 w6", 4) + "\n"
 
 
 def test_sampling_follows_the_seed(tiny_checkpoint):
@@ -61,6 +76,8 @@ def test_sampling_follows_the_seed(tiny_checkpoint):
         Chat(str(tiny_checkpoint), temperature=2.0, seed=seed, max_new_tokens=20).answer("hello") for seed in (1, 1, 2)
     )
     assert first == same != other
+    with pytest.raises(UserError, match="seed 1 is of sampling, and at a temperature of 0 nothing is drawn"):
+        Chat(str(tiny_checkpoint), seed=1)
 
 
 def test_a_conversation_goes_on_until_it_ends(chat_checkpoint, capsys, monkeypatch):

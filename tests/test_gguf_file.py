@@ -110,6 +110,15 @@ def test_a_gguf_file_becomes_the_model_it_was_made_of(family, tmp_path, tokens):
         assert_close(converted(tokens).logits, dense(tokens).logits)
 
 
+def test_a_window_is_taken(tmp_path, tokens):
+    dense = original("phi3", sliding_window=8)
+    convert_checkpoint(write(tmp_path / "model.gguf", dense), tmp_path / "out", sparsity=0)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert converted.config.sliding_window == 8
+    with torch.no_grad():
+        assert_close(converted(tokens).logits, dense(tokens).logits)
+
+
 @pytest.mark.parametrize(
     ("family", "kind", "dtype", "expected"),
     [

@@ -1,6 +1,7 @@
 """Models to the Hub and back, by its own client, over a server that speaks its protocol on loopback."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -341,6 +342,10 @@ def test_results_of_qsparse_eval_go_into_the_card(tmp_path, tiny_checkpoint):
         ("blimp", "accuracy (1,200 pairs)", 0.79),
         ("arc_easy", "acc_norm (25 shots)", 0.5),
     ]
+    texts["wiki"]["perplexity"] = math.inf  # the Hub's metadata has no such number
+    (tmp_path / "eval.json").write_text(json.dumps({"results": held}))
+    with pytest.raises(UserError, match=r"perplexity \(50,000 tokens\) on wiki is inf"):
+        _read_results(tmp_path / "eval.json")
     for wrong in ({}, {"results": []}, {"results": {"a": 1}}, {"results": {"model": "x"}}):
         (tmp_path / "eval.json").write_text(json.dumps(wrong))
         with pytest.raises(UserError, match="holds no results as `qsparse eval` or lm-evaluation-harness write them"):

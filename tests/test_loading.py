@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from qsparse_hf.cli import main
@@ -43,6 +44,20 @@ def test_adapters_compare_with_their_base(adapters, tiny_checkpoint, tmp_path, c
     weights = (adapters[0] / "adapter_model.safetensors").stat().st_size
     assert adapted["bytes_on_disk"] == base["bytes_on_disk"] + weights
     assert adapted["parameters"] == base["parameters"]
+
+
+def test_pickled_weights_are_not_read(adapters, tiny_checkpoint, tiny_tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    tiny_tokenizer.save_pretrained(tmp_path / "pickled")
+    model.config.save_pretrained(tmp_path / "pickled")
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"no file named model.safetensors"):
+        load_checkpoint(str(tmp_path / "pickled"))
+    weights = adapters[0] / "adapter_model.safetensors"
+    torch.save(load_file(weights), adapters[0] / "adapter_model.bin")
+    weights.unlink()
+    with pytest.raises(UserError, match=r"lacks adapter_model.safetensors; adapters in other formats are not read"):
+        load_checkpoint(str(adapters[0]))
 
 
 def test_adapters_of_a_missing_model_are_named(adapters, tiny_checkpoint):

@@ -1,5 +1,6 @@
 """Measured sparsity against hand-counted zeros."""
 
+import gzip
 import json
 import shutil
 
@@ -13,7 +14,7 @@ from qsparse_hf.cli import main
 from qsparse_hf.modeling.configuration_qsparse import GROUPS
 from qsparse_hf.modeling.sparsify import Sparsify
 from qsparse_hf.modeling.sparsity import Selection
-from qsparse_hf.report import Counters, _Counter, count_parameters, sparsity_report
+from qsparse_hf.report import Counters, _Counter, count_parameters, report_checkpoint, sparsity_report
 
 # Per layer of the tiny model with heads of 16: q 64x64, k and v 32x64, o 64x64, gate and up 96x64, down 64x96.
 HEADS = {"head_dim": 16}
@@ -146,6 +147,22 @@ def test_report_command(tiny_checkpoint, tmp_path):
     assert 3 < written["loss"] < 30
     assert written["sparsity"] == {**dict.fromkeys(GROUPS, 0.5), "all": 0.5}
     assert (tmp_path / "out" / "sparsity.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_rows_are_read_as_text(tiny_checkpoint, tmp_path):
+    text = "one two three " * 50
+    (tmp_path / "text.txt").write_text(text)
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps({"text": each}) + "\n" for each in (text, "not read")))
+    plain, rows, both = (
+        report_checkpoint(str(tiny_checkpoint), [str(tmp_path / name) for name in names], tokens=100, row_length=50)
+        for names in (["text.txt"], ["rows.jsonl.gz"], ["text.txt", "rows.jsonl.gz"])
+    )
+    assert plain == rows
+    assert both.tokens == 100
+    assert both.loss == pytest.approx(
+        report_checkpoint(str(tiny_checkpoint), [str(tmp_path / "text.txt")], tokens=50, row_length=50).loss
+    )  # the first 50 of each
 
 
 def test_report_command_names_mistakes(tiny_checkpoint, tmp_path, capsys):

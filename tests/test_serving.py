@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import REPOSITORY, http_server, make, run_python, sparse_config
+from conftest import REPOSITORY, dense_config, http_server, make, run_python, sparse_config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qsparse_hf.modeling.modeling_qsparse import QSparseAttention
@@ -68,3 +68,13 @@ def test_transformers_serves(tmp_path, tiny_tokenizer, options):
         found = post("/v1/chat/completions", body)
     assert len(answer) == 8
     assert found["choices"][0]["message"]["content"] == tiny_tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_the_server_prepares_what_it_loads():
+    from qsparse_hf.serving.__main__ import PreparingModelManager
+
+    manager = object.__new__(PreparingModelManager)
+    for model in (make(sparse_config("llama")), make(dense_config("llama"))):
+        with mock.patch.object(PreparingModelManager.__base__, "_load_model", return_value=model):
+            assert manager._load_model("any") is model
+        assert getattr(model, "is_prepared", False) == (model.config.model_type == "qsparse_llama")

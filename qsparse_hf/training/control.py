@@ -6,13 +6,12 @@ say) begins its control from that one.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-from ..errors import UserError, user_errors
+from ..errors import UserError, user_errors, write_whole
 from ..modeling.configuration_qsparse import QSparseConfigMixin
 from .arguments import CONTROL
 from .recipe import Recipe
@@ -103,6 +102,4 @@ def read_control(control: Recipe) -> list[dict[str, Any]] | None:
 def write_control(control: Recipe, history: list[dict[str, Any]]) -> None:
     """Mark a control as trained to its end."""
     file = Path(control.training.output_dir or "") / _RECORD
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"settings": _settings(control), "log_history": history}, indent=1))
-    os.replace(unfinished, file)
+    write_whole(file, json.dumps({"settings": _settings(control), "log_history": history}, indent=1))

@@ -5,7 +5,6 @@ from. Once an update all processes learn what happened to any of them, so that t
 """
 
 import json
-import os
 import shutil
 import signal
 import threading
@@ -22,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, write_whole
 from .throughput import Stopwatch
 
 COMPLETE = "complete"
@@ -64,9 +63,7 @@ def whole_checkpoint(
         yield folder
         wait()
         if writes:
-            unfinished = folder / f".{COMPLETE}"
-            unfinished.write_text(json.dumps(facts or {}))
-            os.replace(unfinished, folder / COMPLETE)
+            write_whole(folder / COMPLETE, json.dumps(facts or {}))
     except UserError:
         raise
     except Exception as error:  # safetensors, torch and the file system each raise their own

@@ -92,7 +92,9 @@ def load_model(arguments: RunArguments, trained: str | None = None) -> PreTraine
         if unknown:
             raise UserError(f"model_fields: {config.model_type} has no field {next(iter(unknown))!r}")
         if arguments.model:
-            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=arguments.dtype)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=arguments.dtype, use_safetensors=True
+            )
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=arguments.dtype)
     if not arguments.lora:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_
 from transformers.utils import logging
 
 from ..checkpoint import CONFIG, DTYPES
-from ..errors import UserError
+from ..errors import UserError, write_whole
 from ..losses import eval_losses, losses
 from ..model_card import Run, duration, find_origin, hardware, keeps_card, non_defaults, write_card
 from ..report import projections, sparsity_report
@@ -350,7 +350,7 @@ class QSparseTrainerMixin(_Trainer):
             return
         if self._cast_to and not hasattr(model, "peft_config"):  # Transformers writes down the dtype in memory
             config = folder / CONFIG
-            config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": self._cast_to}, indent=2) + "\n")
+            write_whole(config, json.dumps(json.loads(config.read_text()) | {"dtype": self._cast_to}, indent=2) + "\n")
         (folder / REPOCARD_NAME).unlink(missing_ok=True)
         if kept is not None:
             (folder / REPOCARD_NAME).write_bytes(kept)
