@@ -28,7 +28,7 @@ def load_teacher(source: str, dtype: torch.dtype, device: torch.device) -> PreTr
     """
     with user_errors(f"distill_from: {source}"):
         found: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     teacher, loaded = found  # two with output_loading_info
     for name, theirs, ours in sorted(loaded["mismatched_keys"]):
