@@ -84,8 +84,8 @@ def eval_(arguments: argparse.Namespace) -> None:
 def compare(arguments: argparse.Namespace) -> None:
     from .comparison import compare_checkpoints
 
-    suite, picture = _suite(arguments), arguments.picture
-    compare_checkpoints(arguments.models, suite, arguments.device, arguments.dtype, arguments.output, picture)
+    where = {name: getattr(arguments, name) for name in ("device", "dtype", "output", "picture", "prompts")}
+    compare_checkpoints(arguments.models, _suite(arguments), **where)
 
 
 def _suite(arguments: argparse.Namespace) -> "Suite":
@@ -280,6 +280,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("models", nargs="+", metavar="model", help=_MODEL)
     _add_suite(p)
     p.add_argument("--picture", metavar="FILE", help="draw quality over activated parameters there, as a PNG")
+    p.add_argument("--prompts", metavar="FILE", help="show each model's likeliest answer to each of its lines")
 
     p = verb(
         push,

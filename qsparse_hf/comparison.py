@@ -21,6 +21,7 @@ from .evaluation import (
     check_checkpoint,
     results_to_dict,
 )
+from .generate import answer_prompts, read_prompts
 from .loading import check_dtype, find_base, find_device, load_checkpoint
 from .measure import print_table, write_json
 from .report import count_parameters, short_count
@@ -33,6 +34,7 @@ def compare_checkpoints(
     dtype: str = "auto",
     output: str | Path | None = None,
     picture: str | Path | None = None,
+    prompts: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Measure each checkpoint and print a table.
 
@@ -43,6 +45,7 @@ def compare_checkpoints(
         dtype: of all of them; "auto" for each checkpoint's own.
         output: a JSON file for everything, written again after each checkpoint.
         picture: a PNG file for quality over activated parameters.
+        prompts: a text file; each model answers each of its lines.
 
     Returns:
         Of each checkpoint, what is written as JSON.
@@ -60,6 +63,7 @@ def compare_checkpoints(
     for number, name in enumerate(names):
         if name in names[:number]:
             raise UserError(f"{name} is named twice")
+    asked = read_prompts(prompts) if prompts is not None else []
     protocols = {name: str(check_checkpoint(name, suite.protocol)) for name in names}
     rows: list[dict[str, Any]] = []
 
@@ -70,6 +74,8 @@ def compare_checkpoints(
             with user_errors(name):
                 cost = _cost(name, model)
             rows.append({"model": name, "dtype": str(model.dtype)} | cost | results_to_dict(results))
+            if asked:
+                rows[-1]["answers"] = dict(zip(asked, answer_prompts(model, tokenizer, asked), strict=True))
             del model
             gc.collect()
             if output is not None:
@@ -84,6 +90,9 @@ def compare_checkpoints(
     table = measured()
     first = next(table)  # which knows what tasks are called
     print_table([heading for heading, _ in first], ([cell for _, cell in row] for row in chain([first], table)))
+    for prompt in asked:
+        print(f"\n**{prompt}**\n")
+        print_table(["model", "answer"], ([row["model"], _one_line(row["answers"][prompt])] for row in rows))
     if picture is not None:
         with user_errors(picture):
             _draw(rows, Path(picture))
@@ -118,6 +127,11 @@ def _size_on_disk(name: str) -> int:
     if base != name:
         files.add(Path(name, ADAPTER_SAFE_WEIGHTS_NAME))
     return sum(file.stat().st_size for file in files)
+
+
+def _one_line(answer: str) -> str:
+    """As a cell of a Markdown table holds it."""
+    return "<br>".join(answer.strip().replace("|", "\\|").splitlines())
 
 
 def _quality(result: Result) -> str:

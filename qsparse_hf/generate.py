@@ -2,8 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,13 +89,8 @@ class Chat:
                 raise UserError(f"{model} is a dense model; only Q-Sparse ones are prepared for decoding")
             with user_errors(model):
                 self.model.prepare_for_decode()
-        self.settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-        if temperature > 0:
-            self.settings["temperature"] = temperature
-        else:  # what the model's own settings say of sampling
-            self.settings |= {"temperature": None, "top_p": None, "top_k": None}
-        if self.model.generation_config.pad_token_id is None:
-            self.settings["pad_token_id"] = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+        self.most = max_new_tokens
+        self.settings = _settings(self.model, self.tokenizer, temperature)
         if seed is not None:
             set_seed(seed)
         self.messages = [] if system is None else [{"role": "system", "content": system}]
@@ -109,26 +105,12 @@ class Chat:
             UserError: the prompt is empty, or longer than the model takes.
         """
         messages = [*self.messages, {"role": "user", "content": prompt}]
-        with user_errors("the chat template"):
-            inputs: Any = (
-                self.tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-                )
-                if self.chats
-                else self.tokenizer(prompt, return_tensors="pt")
-            )
-        length, longest = inputs["input_ids"].shape[1], self.model.config.max_position_embeddings
-        if length == 0:
-            raise UserError("the prompt is empty")
-        if length >= longest:
-            raise UserError(f"the conversation has {length} tokens, and the model takes {longest}")
+        inputs = _inputs(self.model, self.tokenizer, messages)
         streamer = _Streamer(self.tokenizer, continues=not self.chats)
         if not self.chats:
             print(prompt, end="", flush=True)
-        keys = {key: inputs[key].to(self.model.device) for key in ("input_ids", "attention_mask") if key in inputs}
-        most = min(self.settings["max_new_tokens"], longest - length)
         with suppress(KeyboardInterrupt):
-            self.model.generate(**keys, **self.settings | {"max_new_tokens": most}, streamer=streamer)
+            self.model.generate(**inputs, **self.settings | _room(self.model, inputs, self.most), streamer=streamer)
         if not streamer.next_tokens_are_prompt:  # stopped: `generate` ends the text by itself
             streamer.end()
         tqdm.write(f"[{streamer.speed()}]", file=sys.stderr)
@@ -152,3 +134,71 @@ class Chat:
                     self.answer(prompt)
                 except UserError as error:
                     print(error, file=sys.stderr)
+
+
+def read_prompts(file: str | Path) -> list[str]:
+    """The lines of a file, without the empty ones.
+
+    Raises:
+        UserError: it cannot be read, or has no line.
+    """
+    with user_errors(file):
+        prompts = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"{file} holds no prompt; each line is one")
+    return prompts
+
+
+def answer_prompts(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int = 128
+) -> list[str]:
+    """The likeliest answer to each prompt, each a conversation of its own; without a chat template a continuation.
+
+    Args:
+        model: any causal language model.
+        tokenizer: the model's.
+        prompts: text.
+        max_new_tokens: most tokens of an answer.
+
+    Raises:
+        UserError: a prompt is empty, or longer than the model takes.
+    """
+    settings = _settings(model, tokenizer, temperature=0)
+    answers: list[Any] = []
+    for prompt in tqdm(prompts, desc="answering", unit="prompt"):
+        inputs = _inputs(model, tokenizer, [{"role": "user", "content": prompt}])
+        ids = model.generate(**inputs, **settings | _room(model, inputs, max_new_tokens))[0]
+        behind = ids[inputs["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(behind, skip_special_tokens=True))
+    return answers
+
+
+def _settings(model: Any, tokenizer: Any, temperature: float) -> dict[str, Any]:
+    """What `generate` is told of sampling, and of padding where the model's own settings say nothing."""
+    settings: dict[str, Any] = {"do_sample": temperature > 0, "temperature": temperature}
+    if temperature == 0:  # what the model's own settings say of sampling
+        settings |= {"temperature": None, "top_p": None, "top_k": None}
+    if model.generation_config.pad_token_id is None:
+        settings["pad_token_id"] = tokenizer.pad_token_id or tokenizer.eos_token_id
+    return settings
+
+
+def _inputs(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> dict[str, torch.Tensor]:
+    """A conversation in the chat template; without one, its last message alone."""
+    with user_errors("the chat template"):
+        inputs: Any = (
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+            if tokenizer.chat_template is not None
+            else tokenizer(messages[-1]["content"], return_tensors="pt")
+        )
+    length, longest = inputs["input_ids"].shape[1], model.config.max_position_embeddings
+    if length == 0:
+        raise UserError("the prompt is empty")
+    if length >= longest:
+        raise UserError(f"the conversation has {length} tokens, and the model takes {longest}")
+    return {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask") if key in inputs}
+
+
+def _room(model: Any, inputs: dict[str, torch.Tensor], most: int) -> dict[str, int]:
+    """At most so many new tokens as there are positions."""
+    return {"max_new_tokens": min(most, model.config.max_position_embeddings - inputs["input_ids"].shape[1])}

@@ -1,6 +1,8 @@
 """`qsparse generate`: what is printed is what the model says, and nothing a user does at the terminal breaks it."""
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import dense_config, make
@@ -69,6 +71,26 @@ def test_words_keep_the_space_between_them(tmp_path, capsys):
     make(dense_config("llama", eos_token_id=None)).save_pretrained(tmp_path)
     assert main(["generate", str(tmp_path), "w5 w6", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out == "w5 w6 " + said_by(tmp_path, "w5 w6", 4) + "\n"
+
+
+def test_models_answer_prompts_beside_each_other(chat_checkpoint, tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("hello\n\n  a|b \n")
+    Path("none.txt").write_text("\n")
+    models = [str(chat_checkpoint), str(tiny_checkpoint)]
+    options = ["--text", "prompts.txt", "--output", "c.json", "--prompts"]
+    assert main(["compare", *models, *options, "prompts.txt"]) == 0
+    printed = capsys.readouterr().out
+    for model, row in zip(models, json.loads(Path("c.json").read_text())["results"], strict=True):
+        assert row["answers"].keys() == {"hello", "a|b"}
+        for prompt, answer in row["answers"].items():
+            whole = f"u:{prompt};a:" if model == models[0] else prompt
+            assert answer == said_by(model, whole, 128 - len(whole))
+            cell = "<br>".join(answer.strip().replace("|", "\\|").splitlines())
+            assert f"| {model} | {cell} |" in printed
+    assert "\n**a|b**\n" in printed
+    assert main(["compare", *models, *options, "none.txt"]) == 1
+    assert capsys.readouterr().err == "qsparse compare: none.txt holds no prompt; each line is one\n"
 
 
 def test_sampling_follows_the_seed(tiny_checkpoint):
