@@ -90,7 +90,7 @@ def test_models_answer_prompts_beside_each_other(chat_checkpoint, tiny_checkpoin
             assert f"| {model} | {cell} |" in printed
     assert "\n**a|b**\n" in printed
     assert main(["compare", *models, *options, "none.txt"]) == 1
-    assert capsys.readouterr().err.endswith("\nqsparse compare: none.txt holds no prompt; each line is one\n")
+    assert capsys.readouterr().err.endswith("\nqsparse: error: none.txt holds no prompt; each line is one\n")
 
 
 def test_sampling_follows_the_seed(tiny_checkpoint):
