@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from qsparse_hf.cli import main
 from qsparse_hf.errors import UserError
-from qsparse_hf.generate import Chat
+from qsparse_hf.generate import Chat, _Streamer
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
@@ -69,6 +69,13 @@ def test_words_keep_the_space_between_them(tmp_path, capsys):
     make(dense_config("llama", eos_token_id=None)).save_pretrained(tmp_path)
     assert main(["generate", str(tmp_path), "w5 w6", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out == "w5 w6 " + said_by(tmp_path, "w5 w6", 4) + "\n"
+
+
+def test_the_speed_leaves_out_what_the_first_tokens_wait_for(tiny_tokenizer):
+    """The prompt, and kernels that are compiled: the other three tokens came 0.1 s after one another."""
+    streamer = _Streamer(tiny_tokenizer, continues=False)
+    streamer.times = [0.0, 12.0, 12.1, 12.2, 12.3]
+    assert streamer.speed() == "5 tokens, 10.0 tokens/s behind the first"
 
 
 def test_sampling_follows_the_seed(tiny_checkpoint):
