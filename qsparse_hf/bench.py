@@ -6,6 +6,7 @@ graphs, which `generate` turns on by itself; on a CPU as it is.
 """
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -106,6 +107,20 @@ def _configs(name: str) -> tuple[PreTrainedConfig, QSparseConfigMixin, bool]:
         fields["use_cache"] = True  # training turns it off, and that is saved
     dense = {key: value for key, value in fields.items() if not key.startswith("sparsity")}
     return AutoConfig.for_model(model_type, **dense), FAMILIES[model_type].config(**fields), is_sparse
+
+
+def _check_memory(name: str, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse models, a dense and a sparse one at once, that are larger than the memory of `device`."""
+    needed = 2 * dtype.itemsize * _random_model(config, torch.device("meta"), dtype).num_parameters()
+    if device.type == "cuda":
+        held = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):  # not on Windows
+        held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    if needed > held:
+        sizes = f"{needed / 1e9:,.0f} GB, dense and sparse together, and there are {held / 1e9:,.0f} GB"
+        raise UserError(f"{name} takes {sizes}; name a smaller model, such as 1b")
 
 
 def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> Any:
@@ -359,7 +374,8 @@ def bench_decode(
         output: a JSON file for all rows, rewritten after each.
 
     Raises:
-        UserError: a value outside these, or an output that cannot be written, before anything is measured.
+        UserError: a value outside these, a model that memory cannot hold, or an output that cannot be written, before
+            anything is measured.
     """
     models, sparsities, batches, prompts = list(models), [*(sparsities or ())], list(batches), list(prompts)
     for sparsity in sparsities:
@@ -378,6 +394,8 @@ def bench_decode(
     if output is not None:
         check_writable(output)
     configs = {name: _configs(name) for name in models}
+    for name, (dense_config, _, _) in configs.items():
+        _check_memory(name, dense_config, place, DTYPES[dtype])
     chosen: dict[str, list[float | None]] = {
         name: [None, *sparsities] if is_sparse else [*(sparsities or SPARSITIES)]
         for name, (_, _, is_sparse) in configs.items()

@@ -274,9 +274,10 @@ def _configs(folder: Path, fields: dict[str, Any]) -> tuple[PreTrainedConfig, QS
             del described[key]
     with user_errors(path):
         dense = AutoConfig.for_model(model_type, **described)
-        config = family(**{key: value for key, value in dense.to_dict().items() if key not in _NOT_TAKEN} | fields)
-        config.to_json_string()  # what cannot be written is said now
-    return dense, config
+        taken = {key: value for key, value in dense.to_dict().items() if key not in _NOT_TAKEN}
+        family(**taken).to_json_string()  # what cannot be written is said now
+    with user_errors("the sparsity asked for"):  # no mistake of the file's
+        return dense, family(**taken | fields)
 
 
 def _empty_model(config: QSparseConfigMixin, source: str) -> PreTrainedModel:

@@ -293,7 +293,13 @@ def _log_probabilities(
     known = next(projections(model), None) is not None
     with ExitStack() as stack:
         bar = stack.enter_context(
-            tqdm(total=sum(len(w.targets) for w in windows), desc=progress, unit="token", disable=progress is None)
+            tqdm(
+                total=sum(len(w.targets) for w in windows),
+                desc=progress,
+                unit="token",
+                leave=False,  # within a table, which stays whole
+                disable=progress is None,
+            )
         )
         counters = stack.enter_context(counting(model)) if known else None
         stack.enter_context(evaluating(model))

@@ -1,9 +1,11 @@
 """A model at the terminal: a chat where its tokenizer has a chat template, a plain continuation where it has none."""
 
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,14 @@ class _Streamer(TextStreamer):
         super().put(value)
 
     def speed(self) -> str:
-        """Tokens and their speed, in words; that of the tokens behind the first, which waits for the prompt."""
+        """Tokens and their speed, in words: the median behind the first, which waits for the prompt.
+
+        The second may wait for kernels to be compiled, which a mean over a short answer would take for the speed.
+        """
         told = f"{len(self.times)} tokens"
         if len(self.times) > 1:
-            told += f", {(len(self.times) - 1) / (self.times[-1] - self.times[0]):.1f} tokens/s behind the first"
+            seconds = statistics.median(later - before for before, later in pairwise(self.times))
+            told += f", {1 / seconds:.1f} tokens/s behind the first"
         return told
 
 

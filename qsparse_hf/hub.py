@@ -99,7 +99,7 @@ def push_folder(
     contents = _contents(folder, repository, find_origin(base_model) if base_model and not dry_run else base, results)
     files = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in contents.items()}
     if dry_run:
-        return Push(files)
+        return Push(files, (f"would go to {repository}; nothing was sent",))
     with _hub_errors(repository):
         api = HfApi()
         repository = api.create_repo(repository, private=private or None, exist_ok=True).repo_id

@@ -164,7 +164,8 @@ def train_tokenizer(files: list[str], folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(tqdm(texts, desc="training the tokenizer", unit="file"), trainer)
+    with tqdm(texts, desc="training the tokenizer", unit="file") as progress:  # else Ctrl-C is lost in its destructor
+        tokenizer.train_from_iterator(progress, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END, pad_token=_END).save_pretrained(folder)
 
 

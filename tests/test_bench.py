@@ -105,3 +105,11 @@ def test_tokens_per_second_is_the_median_of_a_prepared_model(monkeypatch):
     assert bench.tokens_per_second(model, prompt=5, new_tokens=16) == 1000
     assert calls == [(True, (1, 5), 8), *[(True, (1, 5), 16)] * 3]
     assert not model.is_prepared
+
+
+def test_what_memory_cannot_hold_is_refused(tmp_path):
+    """80 layers of some 60 billion weights each, before anything is made of them."""
+    config = dense_config("llama", hidden_size=65536, intermediate_size=262144, num_hidden_layers=80)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"takes [\d,]+ GB, dense and sparse together, and there are [\d,]+ GB; name a"):
+        bench_decode([str(tmp_path)], device="cpu")

@@ -45,7 +45,8 @@ SMALLER = {
 }
 # Words that name what is not here, and what takes their place.
 STAND_INS = {
-    "llama-2-7b": "runs/half",  # 13 GB
+    "llama-2-7b": "runs/half",  # 27 GB, dense and sparse
+    "1b": "runs/half",  # minutes on a CPU
     "paper": "other_task.yaml",  # lm-evaluation-harness takes its tasks' questions from the Hub
     "arc_challenge:25": "other_task.yaml",
     "hellaswag": "other_task.yaml",

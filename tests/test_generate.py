@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from qsparse_hf.cli import main
 from qsparse_hf.errors import UserError
-from qsparse_hf.generate import Chat
+from qsparse_hf.generate import Chat, _Streamer
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
@@ -91,6 +91,13 @@ def test_models_answer_prompts_beside_each_other(chat_checkpoint, tiny_checkpoin
     assert "\n**a|b**\n" in printed
     assert main(["compare", *models, *options, "none.txt"]) == 1
     assert capsys.readouterr().err.endswith("\nqsparse: error: none.txt holds no prompt; each line is one\n")
+
+
+def test_the_speed_leaves_out_what_the_first_tokens_wait_for(tiny_tokenizer):
+    """The prompt, and kernels that are compiled: the other three tokens came 0.1 s after one another."""
+    streamer = _Streamer(tiny_tokenizer, continues=False)
+    streamer.times = [0.0, 12.0, 12.1, 12.2, 12.3]
+    assert streamer.speed() == "5 tokens, 10.0 tokens/s behind the first"
 
 
 def test_sampling_follows_the_seed(tiny_checkpoint):

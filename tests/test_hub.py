@@ -327,6 +327,7 @@ def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(tiny_checkpoint):
     assert push.files.keys() == CODE | MODEL
     size = (tiny_checkpoint / "model.safetensors").stat().st_size
     assert f"{size:>16,}  model.safetensors" in str(push)
+    assert str(push).endswith("\nwould go to team/model; nothing was sent")
     assert push.url is None
 
 
