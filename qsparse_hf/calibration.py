@@ -283,7 +283,10 @@ def calibrate_checkpoint(
     means = found.of_groups(sparsity)
     print("ratios: " + ", ".join(f"{group} {mean:.3f}" for group, mean in means.items()) + " (means over layers)")
     ratios = found.ratios(sparsity)
-    plan = convert_checkpoint(source, output, overwrite=overwrite, sparsity_per_projection=ratios, **fields)
+    calibrated = losses[str(sparsity)] | {"tokens": unseen.numel()}
+    plan = convert_checkpoint(
+        source, output, overwrite=overwrite, calibrated=calibrated, sparsity_per_projection=ratios, **fields
+    )
     facts = {"tokens": found.tokens, "sparsity": sparsity, "sparsity_per_projection": ratios, "losses": losses}
     with user_errors(output):
         write_whole(Path(output, FILE), json.dumps(facts | {"importance": found.importance}, indent=2) + "\n")

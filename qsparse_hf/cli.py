@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -46,14 +45,16 @@ def calibrate(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from .losses import eval_losses
+    from .losses import compare, eval_losses
     from .training.run import train
 
     trainer = train(arguments.config, arguments.overrides)
     if trainer.is_world_process_zero():
         logged = {name: loss for entry in trainer.state.log_history for name, loss in entry.items()}
         losses = [f"{name} {logged[name]:.3f}" for name in ("loss", *eval_losses(logged)) if name in logged]
-        losses += [f"{name} {logged[name]:.3f}" for name in logged if re.match("control_(?!initial)", name)]
+        if control := trainer.control_history:
+            beside = compare(trainer.state.log_history, control)
+            losses += [f"{name} {beside[name]:.3f}" for name in beside if "initial" not in name]
         did = f"saved {trainer.args.output_dir}" if trainer.state.global_step else "evaluated before the first update"
         print(did, *losses, sep=", ")
 

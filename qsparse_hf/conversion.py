@@ -113,6 +113,7 @@ def convert_checkpoint(
     dry_run: bool = False,
     revision: str | None = None,
     gguf_file: str | None = None,
+    calibrated: Mapping[str, float] | None = None,
     **fields,
 ) -> ConversionPlan:
     """Write the Q-Sparse twin of a dense checkpoint.
@@ -131,6 +132,7 @@ def convert_checkpoint(
         dry_run: look and plan, write nothing; of a Hub repository only the configuration is fetched.
         revision: branch, tag or commit of a Hub repository.
         gguf_file: the GGUF file to convert of those in `source`.
+        calibrated: for the card, as `write_card` takes it.
         **fields: fields of the Q-Sparse configuration, `sparsity=0.6` for instance.
 
     Returns:
@@ -199,7 +201,7 @@ def convert_checkpoint(
             if keeps_card(output):  # a person's, of the folder that is replaced
                 shutil.copy(output / REPOCARD_NAME, staging)
             origin = find_origin(source, folder if gguf is None else None)
-            write_card(staging, model, origin, name=output.resolve().name)
+            write_card(staging, model, origin, name=output.resolve().name, calibrated=calibrated)
             config.save_pretrained(staging)  # last: a folder without it does not load
     return plan
 

@@ -178,6 +178,7 @@ def write_card(
     origin: Origin | None,
     run: Run | None = None,
     name: str | None = None,
+    calibrated: Mapping[str, float] | None = None,
     **metadata: Any,
 ) -> None:
     """Write the card of `model` into `folder`, with the licence of what it was made from.
@@ -188,6 +189,8 @@ def write_card(
         origin: what it was made from; None: trained from scratch.
         run: the training; None: converted and not trained.
         name: the model's; None: the folder's.
+        calibrated: of a conversion at calibrated ratios, losses in nats a token, `dense`, `uniform` (one ratio for all)
+            and `calibrated`, and the number of `tokens` that they are of.
         **metadata: fields of huggingface_hub's `ModelCardData` that win over what is found.
     """
     for file in origin.files if origin else ():
@@ -195,11 +198,18 @@ def write_card(
             shutil.copy(file, folder / file.name)
     if not keeps_card(folder):
         (folder / REPOCARD_NAME).write_text(
-            render_card(name or folder.resolve().name, model, origin, run, **metadata), encoding="utf-8"
+            render_card(name or folder.resolve().name, model, origin, run, calibrated, **metadata), encoding="utf-8"
         )
 
 
-def render_card(name: str, model: Any, origin: Origin | None, run: Run | None = None, **metadata: Any) -> str:
+def render_card(
+    name: str,
+    model: Any,
+    origin: Origin | None,
+    run: Run | None = None,
+    calibrated: Mapping[str, float] | None = None,
+    **metadata: Any,
+) -> str:
     """The text of the card that `write_card` writes; `name` is the model's."""
     config = model.config
     adapters = hasattr(model, "peft_config")
@@ -247,9 +257,10 @@ def render_card(name: str, model: Any, origin: Origin | None, run: Run | None = 
         if run
         else "",
         origin=origin,
-        made=_made(origin, run, adapters),
+        made=_made(origin, run, adapters, calibrated is not None),
         licence="" if "license" in described else _UNKNOWN_LICENCE if origin else _NO_LICENCE,
         losses=losses,
+        calibrated=calibrated,
         control=any(row["control_after"] != _NOT_MEASURED for row in losses),
         run=run,
         versions=_versions(adapters, run),
@@ -344,11 +355,11 @@ def _loss_result(row: Mapping[str, str]) -> EvalResult:
     )
 
 
-def _made(origin: Origin | None, run: Run | None, adapters: bool) -> str:
+def _made(origin: Origin | None, run: Run | None, adapters: bool, calibrated: bool) -> str:
     if origin is None:
         return "Trained from scratch"
     if run is None:
-        return "Converted, without training, from"
+        return f"Converted{' at calibrated ratios' if calibrated else ''}, without training, from"
     if adapters:
         return "Adapters for"
     return "Fine-tuned from" if run.settings.get("stage") == "sft" else "Trained further from"

@@ -120,6 +120,10 @@ def test_the_command_converts_at_the_ratios(tmp_path, tiny_tokenizer, capsys):
     uniform = AutoModelForCausalLM.from_pretrained(output, sparsity=0.45, sparsity_per_projection=None)
     for name, each in (("dense", dense), ("uniform", uniform), ("calibrated", model)):
         assert facts["losses"]["0.45"][name] == pytest.approx(evaluate_perplexity(each, held_back).loss, abs=1e-4)
+    card = (output / "README.md").read_text()
+    assert "Converted at calibrated ratios, without training, from a local model" in card
+    figures = " | ".join(f"{facts['losses']['0.45'][name]:.4f}" for name in ("dense", "uniform", "calibrated"))
+    assert f"| held-back text of the calibration | {figures} |\n\nOn 64 tokens;" in card
     losses = facts["losses"]["0.25"]
     dense_ppl, uniform_ppl, ppl = (math.exp(losses[name]) for name in ("dense", "uniform", "calibrated"))
     removed = f"{100 * (uniform_ppl - ppl) / (uniform_ppl - dense_ppl):.0f} %" if uniform_ppl > dense_ppl else ""

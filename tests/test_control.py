@@ -166,7 +166,9 @@ def test_without_updates_both_are_evaluated_and_nothing_else(twins, controlled, 
     for name in NAMES:
         assert found[f"initial_{name}"] == results(controlled)[f"initial_{name}"]
         assert found[f"initial_{name}_gap"] == results(controlled)[f"initial_{name}_gap"]
-    assert capsys.readouterr().out.startswith("evaluated before the first update, eval_sums_loss ")
+    said = capsys.readouterr().out
+    assert said.startswith("evaluated before the first update, eval_sums_loss ")
+    assert f", eval_words_loss_gap {found['initial_eval_words_loss_gap']:.3f}" in said
     left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
     assert left == {
         *("run/all_results.json", "run/initial_results.json", "run/control_results.json"),

@@ -105,7 +105,7 @@ def load_model(arguments: RunArguments, trained: str | None = None) -> PreTraine
         return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM"} | arguments.lora))
 
 
-def train(config: str, overrides: list[str] | None = None) -> Trainer:
+def train(config: str, overrides: list[str] | None = None) -> QSparseTrainerMixin:
     """Run the training that a recipe describes; `output_dir` then holds the model, its tokenizer, metrics and curves.
 
     With `control`, the dense twin is trained first, into `output_dir/control`. `max_steps=0` evaluates what the run and
