@@ -244,10 +244,12 @@ def _check_target(output: Path, source: Path, overwrite: bool) -> None:
         raise UserError(f"the output {str(output)!r} cannot be written: {one_line(error)}") from None
     if place in (origin, *origin.parents):
         raise UserError(f"the output {output} is or holds the source; choose another folder")
+    if in_use:
+        raise UserError(
+            f"{output} is there and no checkpoint, so it is not overwritten; remove it or choose another folder"
+        )
     if exists and not overwrite:
         raise UserError(f"{output} exists already; remove it or pass overwrite=True (--overwrite)")
-    if in_use:
-        raise UserError(f"{output} is not a checkpoint, so it is not overwritten; remove it or choose another folder")
 
 
 def _configs(folder: Path, fields: dict[str, Any]) -> tuple[PreTrainedConfig, QSparseConfigMixin]:

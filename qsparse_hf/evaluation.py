@@ -53,7 +53,7 @@ class Protocol:
             token is then scored too. None for what the tokenizer does with a text.
         joined: whether documents are one text, with a blank line between them; else each is a text by itself, and no
             window goes over its end.
-        limit: score at most that many tokens, from the first document on; None for all.
+        tokens: score at most that many tokens, from the first document on; None for all.
 
     Raises:
         UserError: a value outside its range.
@@ -63,10 +63,10 @@ class Protocol:
     stride: int | None = None
     bos: bool | None = None
     joined: bool = False
-    limit: int | None = None
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("window", 2), ("stride", 1), ("limit", 1)):
+        for name, least in (("window", 2), ("stride", 1), ("tokens", 1)):
             value = getattr(self, name)
             if value is not None:
                 check_whole(name, value)
@@ -91,14 +91,14 @@ class Protocol:
             bos = tokenizer is not None and begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
         elif bos and begin is None:
             raise UserError("the tokenizer has no begin token (bos_token), which windows are to begin with")
-        return Protocol(window, self.stride or window, bos, self.joined, self.limit)
+        return Protocol(window, self.stride or window, bos, self.joined, self.tokens)
 
     def __str__(self) -> str:
         parts = [f"windows of {self.window} tokens"]
         parts += ["no overlap" if self.stride == self.window else f"stride {self.stride}"]
         parts += ["each begins with the begin token" if self.bos else "no begin token"]
         parts += ["documents joined by a blank line" if self.joined else "each document by itself"]
-        return ", ".join([*parts, f"at most {self.limit:,} tokens"] if self.limit else parts)
+        return ", ".join([*parts, f"at most {self.tokens:,} tokens"] if self.tokens else parts)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def evaluate_perplexity(
 
     Args:
         model: a causal language model.
-        documents: texts, of which as many are read as the protocol's limit needs; or token ids as they are, int64
+        documents: texts, of which as many are read as the protocol's `tokens` ask for; or token ids as they are, int64
             `[N, T]` or a sequence for each document, of which `bos` is to hold as for texts.
         tokenizer: of the texts; for token ids only if windows are to begin with its begin token.
         batch_size: windows at once; shorter ones are more at once, in proportion.
@@ -217,14 +217,14 @@ def evaluate_perplexity(
         if begin is not None:
             ids = torch.cat((torch.tensor([begin]), ids))
             ends = ends and [0, *ends]
-        scored = min(len(ids) - 1, (protocol.limit or math.inf) - total)
+        scored = min(len(ids) - 1, (protocol.tokens or math.inf) - total)
         if scored < 1:
             continue
         windows += _windows(ids[: int(scored) + 1], protocol)
         size = None if ends is None or size is None else size + ends[int(scored)] - ends[0]
         total += int(scored)
         read += 1
-        if total == protocol.limit:
+        if total == protocol.tokens:
             break
     if not windows:
         raise UserError(f"{progress or 'the text'} holds no token that could be scored")

@@ -114,7 +114,7 @@ def test_texts_count_their_bytes_and_join_and_stop(tiny_tokenizer):
     joined = evaluate_perplexity(model, texts, tiny_tokenizer, Protocol(joined=True))
     one = evaluate_perplexity(model, ["abc de\n\nfgh"], tiny_tokenizer)
     assert (joined.tokens, joined.documents, joined.loss) == (10, 1, one.loss)
-    few = evaluate_perplexity(model, iter([*texts, 1 / 1]), tiny_tokenizer, Protocol(limit=6))
+    few = evaluate_perplexity(model, iter([*texts, 1 / 1]), tiny_tokenizer, Protocol(tokens=6))
     assert (few.tokens, few.bytes) == (6, 6)
     assert few.loss == pytest.approx(evaluate_perplexity(model, ["abc de", "fg"], tiny_tokenizer).loss)
 
@@ -216,7 +216,7 @@ def test_mistakes_get_one_line(tiny_checkpoint, tmp_path, capsys, monkeypatch):
         (["eval", model, "--text", "a.txt", "--window", "129"], "at most the model's 128 positions, got 129"),
         (["eval", model, "--text", "a.txt", "--window", "8", "--stride", "9"], "stride must be at most the window, 8"),
         (["eval", model, "--text", "a.txt", "--stride", "129"], "stride must be at most the window, 128, got 129"),
-        (["eval", model, "--text", "a.txt", "--tokens", "0"], "limit must be at least 1, got 0"),
+        (["eval", model, "--text", "a.txt", "--tokens", "0"], "tokens must be at least 1, got 0"),
         (["eval", model, "--text", "a.txt", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["eval", model, "--text", "a.txt", "--dtype", "int8"], "dtype must be auto, float32, bfloat16, float16, got"),
         (["eval", model, "--text", "a.txt", "--bos"], "no begin token"),
