@@ -19,7 +19,7 @@ from .modeling.modeling_qsparse import QSparsePreTrainedModel
 
 
 class _Streamer(TextStreamer):
-    """Prints the text as it comes, counts its tokens and notes when the first and the last came.
+    """Prints the text as it comes, and notes its tokens and when each came.
 
     What continues the prompt is decoded with it: the first word of a text would have no space before it.
     """
@@ -181,9 +181,9 @@ def answer_prompts(
 
 def _settings(model: Any, tokenizer: Any, temperature: float) -> dict[str, Any]:
     """What `generate` is told of sampling, and of padding where the model's own settings say nothing."""
-    settings: dict[str, Any] = {"do_sample": temperature > 0, "temperature": temperature}
-    if temperature == 0:  # what the model's own settings say of sampling
-        settings |= {"temperature": None, "top_p": None, "top_k": None}
+    settings: dict[str, Any] = {"do_sample": temperature > 0, "temperature": temperature or None}
+    if not temperature:  # what the model's own settings say of sampling
+        settings |= {"top_p": None, "top_k": None}
     if model.generation_config.pad_token_id is None:
         settings["pad_token_id"] = tokenizer.pad_token_id or tokenizer.eos_token_id
     return settings

@@ -31,7 +31,7 @@ from .checkpoint import (
     read_json,
 )
 from .errors import UserError, may_be_repository, one_line, user_errors
-from .model_card import Origin, find_origin, for_repository, is_ours, is_repository_id
+from .model_card import Origin, find_origin, for_repository, is_ours, is_repository_id, result
 
 logger = logging.getLogger(__name__)
 
@@ -207,12 +207,12 @@ def _read_results(file: str) -> list[EvalResult]:
 
 def _own_results(held: dict[str, Any]) -> Iterator[EvalResult]:
     for name, text in held.get("texts", {}).items():
-        yield _result(name, "perplexity", f"perplexity ({text['tokens']:,} tokens)", text["perplexity"])
+        yield result(name, "perplexity", f"perplexity ({text['tokens']:,} tokens)", text["perplexity"])
     for name, pairs in held.get("pairs", {}).items():
-        yield _result(name, "accuracy", f"accuracy ({pairs['pairs']:,} pairs)", pairs["accuracy"])
+        yield result(name, "accuracy", f"accuracy ({pairs['pairs']:,} pairs)", pairs["accuracy"])
     for name, task in held.get("tasks", {}).items():
         shots = "" if task["shots"] is None else f" ({task['shots']} shots)"
-        yield _result(name, task["metric"], task["metric"] + shots, task["score"])
+        yield result(name, task["metric"], task["metric"] + shots, task["score"])
 
 
 def _harness_results(held: dict[str, Any]) -> Iterator[EvalResult]:
@@ -220,11 +220,7 @@ def _harness_results(held: dict[str, Any]) -> Iterator[EvalResult]:
         for key, value in measured.items():
             metric, comma, variant = key.partition(",")
             if comma and isinstance(value, int | float) and not metric.endswith("_stderr"):
-                yield _result(name, metric, metric if variant == "none" else f"{metric} ({variant})", value)
-
-
-def _result(data: str, metric: str, name: str, value: float) -> EvalResult:
-    return EvalResult("text-generation", data, data, metric, round(value, 4), metric_name=name)
+                yield result(name, metric, metric if variant == "none" else f"{metric} ({variant})", value)
 
 
 def _keeps_card(api: HfApi, repository: str, revision: str | None, card: Path | bytes) -> str | None:

@@ -228,7 +228,10 @@ def render_card(
     if origin is not None:  # adapters fit that very model alone, not the one that it was made from
         base = origin.repository if origin.is_repository or not adapters else None
     title = metadata.pop("model_name", name)
-    results = [_loss_result(row) for row in losses if row["after"] != _NOT_MEASURED] or None
+    measured = [row for row in losses if row["after"] != _NOT_MEASURED]
+    results = [
+        result(row["data"], "loss", "held-out loss, nats a token", float(row["after"])) for row in measured
+    ] or None
     described: dict[str, Any] = {
         "model_name": title if results else None,
         "library_name": "peft" if adapters else "transformers",
@@ -343,16 +346,9 @@ def _losses(seen: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _loss_result(row: Mapping[str, str]) -> EvalResult:
-    return EvalResult(
-        task_type="text-generation",
-        task_name="Language modelling",
-        dataset_type=row["data"],  # the Hub groups results by it
-        dataset_name=row["data"],
-        metric_type="loss",
-        metric_name="held-out loss, nats a token",
-        metric_value=float(row["after"]),
-    )
+def result(data: str, metric: str, name: str, value: float) -> EvalResult:
+    """A figure of a text or task `data`, by which the Hub groups results; `name` is the metric's in words."""
+    return EvalResult("text-generation", data, data, metric, round(value, 4), metric_name=name)
 
 
 def _made(origin: Origin | None, run: Run | None, adapters: bool, calibrated: bool) -> str:

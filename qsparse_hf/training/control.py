@@ -1,8 +1,8 @@
 """The dense control of a run: how much of what training won is training's, and how much sparsity costs.
 
 The control is the run's model at sparsity 0, which is the dense model bit for bit, trained on the same rows with the
-same settings, without a ramp and without a teacher. A run on top of a run that had a control (fine-tuning,
-say) begins its control from that one.
+same settings, without a ramp and without a teacher. A run on top of a run that had a control (fine-tuning, say)
+begins its control from that one.
 """
 
 import json
