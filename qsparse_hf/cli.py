@@ -294,7 +294,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--revision", metavar="BRANCH", help="branch to write to, made if it is missing (default: main)")
     p.add_argument("--message", help="of the commit")
     p.add_argument("--base-model", metavar="REPO_ID", help="model that this one was made from; adapters will load it")
-    p.add_argument("--results", metavar="FILE", help="JSON of `qsparse eval` or lm-evaluation-harness, for the card")
+    p.add_argument(
+        "--results", metavar="FILE", help="JSON of `qsparse eval`, `compare` or lm-evaluation-harness, for the card"
+    )
+    p.add_argument("--card", metavar="FILE", help="also write the card there, as it is sent")
     p.add_argument("--dry-run", action="store_true", help="list files and sizes, send nothing, and do not ask the Hub")
 
     p = verb(

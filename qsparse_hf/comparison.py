@@ -25,6 +25,7 @@ from .generate import answer_prompts, read_prompts
 from .loading import check_dtype, find_base, find_device, load_checkpoint
 from .measure import print_table, write_json
 from .report import count_parameters, short_count
+from .results import cell
 
 
 def compare_checkpoints(
@@ -92,7 +93,7 @@ def compare_checkpoints(
     print_table([heading for heading, _ in first], ([cell for _, cell in row] for row in chain([first], table)))
     for prompt in asked:
         print(f"\n**{prompt}**\n")
-        print_table(["model", "answer"], ([row["model"], _one_line(row["answers"][prompt])] for row in rows))
+        print_table(["model", "answer"], ([row["model"], cell(row["answers"][prompt])] for row in rows))
     if picture is not None:
         with user_errors(picture):
             _draw(rows, Path(picture))
@@ -127,11 +128,6 @@ def _size_on_disk(name: str) -> int:
     if base != name:
         files.add(Path(name, ADAPTER_SAFE_WEIGHTS_NAME))
     return sum(file.stat().st_size for file in files)
-
-
-def _one_line(answer: str) -> str:
-    """As a cell of a Markdown table holds it."""
-    return "<br>".join(answer.strip().replace("|", "\\|").splitlines())
 
 
 def _quality(result: Result) -> str:

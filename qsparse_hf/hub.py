@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (  # HTTPError is httpx's or httpx2's, by version
     HfHubHTTPError,
     HTTPError,
@@ -30,8 +29,9 @@ from .checkpoint import (
     locate_tensors,
     read_json,
 )
-from .errors import UserError, may_be_repository, one_line, user_errors
-from .model_card import Origin, find_origin, for_repository, is_ours, is_repository_id, result
+from .errors import UserError, check_writable, may_be_repository, one_line, user_errors, write_whole
+from .model_card import Origin, find_origin, for_repository, is_ours, is_repository_id
+from .results import read_results
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ def push_folder(
     message: str | None = None,
     base_model: str | None = None,
     results: str | None = None,
+    card: str | None = None,
     dry_run: bool = False,
 ) -> Push:
     """Send a saved model to the Hub: weights, configuration, code, tokenizer, card and licence, or adapters.
@@ -84,7 +85,8 @@ def push_folder(
         revision: the branch, made where there is none; None: the main one.
         message: the commit's.
         base_model: the Hub id of the model that this one was made from, for the card; adapters are told to load it.
-        results: a JSON file of `qsparse eval` or of lm-evaluation-harness, whose results the card is to show.
+        results: a JSON file of `qsparse eval`, `qsparse compare` or lm-evaluation-harness, which the card is to show.
+        card: a file to write the card to as well, as it is sent.
         dry_run: look, and send nothing; the Hub is not asked.
 
     Raises:
@@ -95,9 +97,18 @@ def push_folder(
     for name, given in (("the repository", repository), ("base_model", base_model)):
         if given is not None and not may_be_repository(given):
             raise UserError(f"{name} must be an id such as your-name/your-model, got {given!r}")
+    if card:
+        check_writable(card)
     base = Origin(base_model, base_model, True) if base_model else None  # its card is asked for when something is sent
     contents = _contents(folder, repository, find_origin(base_model) if base_model and not dry_run else base, results)
     files = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in contents.items()}
+    if card:
+        if _CARD not in contents:
+            raise UserError(f"{folder} holds no {_CARD} to write to {card}")
+        text = contents[_CARD]
+        with user_errors(card):
+            Path(card).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(Path(card), (text if isinstance(text, bytes) else text.read_bytes()).decode())
     if dry_run:
         return Push(files, (f"would go to {repository}; nothing was sent",))
     with _hub_errors(repository):
@@ -162,10 +173,10 @@ def _contents(folder: Path, repository: str, base_model: Origin | None, results:
     card = folder / _CARD
     if card.is_file():
         text = card.read_text(encoding="utf-8")
-        tasks = _read_results(results) if results else []
         if is_ours(text):
-            contents[_CARD] = for_repository(text, repository, base_model, tasks).encode()
-        elif tasks or (base_model and not adapters):
+            measured = read_results(results, folder) if results else None
+            contents[_CARD] = for_repository(text, repository, base_model, measured).encode()
+        elif results or (base_model and not adapters):
             raise UserError(f"{card} was written or changed by a person; name the base model and results in it there")
     elif results or (base_model and not adapters):
         raise UserError(f"{folder} holds no {_CARD} that could name a base model or results")
@@ -189,38 +200,6 @@ def _adapter_config(file: Path, base_model: str | None) -> Path | bytes:
             "--base-model"
         )
     return file
-
-
-def _read_results(file: str) -> list[EvalResult]:
-    """What a file of `qsparse eval` or of lm-evaluation-harness holds, a result for each metric."""
-    held = read_json(Path(file)).get("results")
-    try:
-        found = [*(_own_results(held) if "model" in held else _harness_results(held))] if held else []
-    except (TypeError, KeyError, AttributeError):
-        found = []
-    if not found:
-        raise UserError(f"{file} holds no results as `qsparse eval` or lm-evaluation-harness write them")
-    if endless := [each for each in found if not math.isfinite(each.metric_value)]:
-        raise UserError(f"{file}: {endless[0].metric_name} on {endless[0].dataset_name} is {endless[0].metric_value}")
-    return found
-
-
-def _own_results(held: dict[str, Any]) -> Iterator[EvalResult]:
-    for name, text in held.get("texts", {}).items():
-        yield result(name, "perplexity", f"perplexity ({text['tokens']:,} tokens)", text["perplexity"])
-    for name, pairs in held.get("pairs", {}).items():
-        yield result(name, "accuracy", f"accuracy ({pairs['pairs']:,} pairs)", pairs["accuracy"])
-    for name, task in held.get("tasks", {}).items():
-        shots = "" if task["shots"] is None else f" ({task['shots']} shots)"
-        yield result(name, task["metric"], task["metric"] + shots, task["score"])
-
-
-def _harness_results(held: dict[str, Any]) -> Iterator[EvalResult]:
-    for name, measured in sorted(held.items()):
-        for key, value in measured.items():
-            metric, comma, variant = key.partition(",")
-            if comma and isinstance(value, int | float) and not metric.endswith("_stderr"):
-                yield result(name, metric, metric if variant == "none" else f"{metric} ({variant})", value)
 
 
 def _keeps_card(api: HfApi, repository: str, revision: str | None, card: Path | bytes) -> str | None:

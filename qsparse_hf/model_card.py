@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.constants import REPOCARD_NAME
 from torch import nn
 
@@ -31,13 +31,14 @@ from .errors import may_be_repository
 from .losses import eval_losses, text_of
 from .modeling.configuration_qsparse import GROUPS, QSparseConfigMixin
 from .report import projections
+from .results import Results, result
 
 logger = logging.getLogger(__name__)
 
 _TEMPLATE = Path(__file__).with_suffix(".md")
 _SIGNATURE = re.compile(r"\n<!-- Written by qsparse_hf, which renews it until you change it \(([0-9a-f]{16})\) -->\n\Z")
 _HERE = re.compile(r'^(here = )".*"(  # this repository)', re.MULTILINE)
-_TASKS = re.compile(r"^<!-- tasks -->\n(?:\n?\|.*\n)*", re.MULTILINE)
+_RESULTS = re.compile(r"^<!-- results -->\n(?:(?!## ).*\n)*", re.MULTILINE)  # to the next heading
 _LOCAL = re.compile(r"a local model, `[^`\n]*`")
 _UNKNOWN_LICENCE = " The licence is that of the model it was made from, which is not known here."
 _GROUPS = {"qkv": "q, k, v", "o": "attention's output", "gate_up": "gate, up", "down": "down"}
@@ -280,10 +281,9 @@ def _checksum(text: str) -> str:
     return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
 
 
-def for_repository(card: str, repository: str, base: Origin | None = None, tasks: Iterable[EvalResult] = ()) -> str:
-    """Our card as it goes to the Hub: it loads `repository`, names `base` and its licence, and shows `tasks`."""
+def for_repository(card: str, repository: str, base: Origin | None = None, results: Results | None = None) -> str:
+    """Our card as it goes to the Hub: it loads `repository`, names `base` and its licence, and shows `results`."""
     loaded: Any = ModelCard(card[: _SIGNATURE.search(card).start()])  # type: ignore[union-attr]  # it is ours
-    tasks = list(tasks)
     if base is not None:
         loaded.data.base_model = base.name
         link = f"[{base.name}](https://huggingface.co/{base.name})"
@@ -291,14 +291,15 @@ def for_repository(card: str, repository: str, base: Origin | None = None, tasks
         if loaded.data.license is None and base.licence:
             loaded.data.__dict__.update(base.licence)
             loaded.text = loaded.text.replace(_UNKNOWN_LICENCE, "")
-    if tasks:
+    if results:
         loaded.data.model_name = loaded.data.model_name or repository.rpartition("/")[2]
         earlier = loaded.data.eval_results or []
-        others = [old for old in earlier if not any(old.is_equal_except_value(task) for task in tasks)]
-        loaded.data.eval_results = [*others, *tasks]
-        rows = [f"| {task.dataset_name} | {task.metric_name} | {task.metric_value} |\n" for task in tasks]
-        table = "".join(("\n| task | metric | value |\n|---|---|---|\n", *rows))
-        loaded.text = _TASKS.sub(lambda _: f"<!-- tasks -->\n{table}", loaded.text)
+        others = [old for old in earlier if not any(old.is_equal_except_value(new) for new in results.figures)]
+        loaded.data.eval_results = [*others, *results.figures] or None
+        shown = [results.table()] if results.figures else []
+        if results.answers:
+            shown.append(f"### Answers\n\n{results.conversation()}")
+        loaded.text = _RESULTS.sub(lambda _: "\n".join(("<!-- results -->\n", *shown, "")), loaded.text)
     loaded.text = _HERE.sub(rf'\g<1>"{repository}"\g<2>', loaded.text)
     return _signed(str(loaded))
 
@@ -344,11 +345,6 @@ def _losses(seen: Mapping[str, Any]) -> list[dict[str, str]]:
         | {column: shown(f"{prefix}{name}") for column, prefix in columns.items()}
         for name in eval_losses(seen)
     ]
-
-
-def result(data: str, metric: str, name: str, value: float) -> EvalResult:
-    """A figure of a text or task `data`, by which the Hub groups results; `name` is the metric's in words."""
-    return EvalResult("text-generation", data, data, metric, round(value, 4), metric_name=name)
 
 
 def _made(origin: Origin | None, run: Run | None, adapters: bool, calibrated: bool) -> str:

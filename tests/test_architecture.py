@@ -18,7 +18,7 @@ ORDER = [
     {"registration"},
     {"__init__"},
     {"configuration", "checkpoint", "losses", "serving", "sources"},
-    {"loading", "texts"},
+    {"loading", "results", "texts"},
     {"measure", "report", "training.arguments", "training.distillation"} | {"training.sharding", "training.throughput"},
     {
         "gguf_file",

@@ -1,7 +1,6 @@
 """Models to the Hub and back, by its own client, over a server that speaks its protocol on loopback."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from qsparse_hf.checkpoint import INDEX
 from qsparse_hf.errors import UserError
-from qsparse_hf.hub import _read_results, push_folder
+from qsparse_hf.hub import push_folder
 from qsparse_hf.model_card import find_origin, is_ours, write_card
 
 # What is pushed, in this order: the arguments of `qsparse push`, and whose token.
@@ -329,28 +328,6 @@ def test_a_dry_run_lists_files_and_sizes_and_asks_nobody(tiny_checkpoint):
     assert f"{size:>16,}  model.safetensors" in str(push)
     assert str(push).endswith("\nwould go to team/model; nothing was sent")
     assert push.url is None
-
-
-def test_results_of_qsparse_eval_go_into_the_card(tmp_path, tiny_checkpoint):
-    texts = {"wiki": {"perplexity": 21.43219, "tokens": 50000}}
-    pairs = {"blimp": {"accuracy": 0.79, "pairs": 1200}}
-    tasks = {"arc_easy": {"metric": "acc_norm", "score": 0.5, "shots": 25}}
-    held = {"model": "x", "dtype": "y", "texts": texts, "pairs": pairs, "tasks": tasks}
-    (tmp_path / "eval.json").write_text(json.dumps({"machine": {}, "results": held}))
-    found = [(each.dataset_name, each.metric_name, each.metric_value) for each in _read_results(tmp_path / "eval.json")]
-    assert found == [
-        ("wiki", "perplexity (50,000 tokens)", 21.4322),
-        ("blimp", "accuracy (1,200 pairs)", 0.79),
-        ("arc_easy", "acc_norm (25 shots)", 0.5),
-    ]
-    texts["wiki"]["perplexity"] = math.inf  # the Hub's metadata has no such number
-    (tmp_path / "eval.json").write_text(json.dumps({"results": held}))
-    with pytest.raises(UserError, match=r"perplexity \(50,000 tokens\) on wiki is inf"):
-        _read_results(tmp_path / "eval.json")
-    for wrong in ({}, {"results": []}, {"results": {"a": 1}}, {"results": {"model": "x"}}):
-        (tmp_path / "eval.json").write_text(json.dumps(wrong))
-        with pytest.raises(UserError, match="holds no results as `qsparse eval` or lm-evaluation-harness write them"):
-            _read_results(tmp_path / "eval.json")
 
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path, tiny_checkpoint):

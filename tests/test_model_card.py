@@ -22,6 +22,7 @@ from qsparse_hf.model_card import (
     render_card,
     write_card,
 )
+from qsparse_hf.results import Results
 from qsparse_hf.training.run import train
 
 
@@ -212,7 +213,7 @@ def test_results_are_shown_once_and_in_the_metadata(tmp_path):
     text = (tmp_path / "README.md").read_text()
     result = EvalResult("text-generation", "arc_easy", "ARC", "acc", 0.5, metric_name="acc")
     for _ in range(2):
-        text = for_repository(text, "me/model", Origin("org/base", "org/base", True), [result])
+        text = for_repository(text, "me/model", Origin("org/base", "org/base", True), Results([result]))
     (tmp_path / "README.md").write_text(text)
     card = read(tmp_path)
     assert text.count("| ARC | acc | 0.5 |") == 1
