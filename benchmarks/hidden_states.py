@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qsparse_hf.cli import main
+from qsparse_hf.errors import UserError
 from qsparse_hf.training import run
 from qsparse_hf.training.trainer import QSparseTrainer
 
@@ -33,6 +34,8 @@ class HiddenStatesTrainer(QSparseTrainer):
 
     def _find_teacher(self, model: Any, args: Any) -> None:
         super()._find_teacher(model, args)
+        if self._teacher is None:
+            raise UserError("hidden states are a teacher's: distill_from must name one")
         self.seen: dict[str, list[Tensor]] = {"student": [], "teacher": []}
         for watched, states in zip((model, self._teacher), self.seen.values(), strict=True):
             for layer in watched.model.layers:
@@ -53,6 +56,9 @@ class HiddenStatesTrainer(QSparseTrainer):
 if __name__ == "__main__":
     if len(sys.argv) < 3:
         raise SystemExit(__doc__)
-    HiddenStatesTrainer.weight = float(sys.argv[1])
+    try:
+        HiddenStatesTrainer.weight = float(sys.argv[1])
+    except ValueError:
+        raise SystemExit(f"the first argument is a weight, got {sys.argv[1]!r}") from None
     run.QSparseTrainer = HiddenStatesTrainer  # type: ignore[misc]
     sys.exit(main(["train", *sys.argv[2:]]))

@@ -3,8 +3,8 @@
     python benchmarks/installed_python.py runs/text --characters 170e6
 
 Writes `python_train.jsonl` and `python_eval.jsonl`, a file of Python source a row, and prints what was held out. Whole
-packages are held out, chosen by a hash of their names, so that the split is the same on every machine that has them; of
-each at most twelve files and 8,000 characters of each. A file that occurs twice is taken once.
+packages are held out, chosen by a hash of their names, so that two machines with the same packages hold out the same;
+of each at most twelve files and 8,000 characters of each. A file that occurs twice is taken once.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from qsparse_hf.errors import UserError, check_writable
+from qsparse_hf.errors import UserError, check_writable, write_whole
 from qsparse_hf.loading import load_checkpoint
 
 QUESTION, ANSWER = 40, 200  # most tokens
@@ -31,7 +31,10 @@ class SelfChat:
         tokenizer.padding_side = "left"
         whole = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
         self.beginning, _, rest = whole.partition(MARK)
+        if not rest.strip():
+            raise UserError("its chat template does not tell where a user's turn ends")
         self.end = tokenizer(rest.strip(), add_special_tokens=False)["input_ids"][0]
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     def _written(self, prompts: list[str], most: int, temperature: float) -> list[str | None]:
         """What follows each prompt; None where it has no end."""
@@ -86,7 +89,10 @@ def main() -> None:
     if not tokenizer.chat_template:
         parser.error(f"{arguments.model} has no chat template, so it is no chat model")
     torch.manual_seed(arguments.seed)
-    chat = SelfChat(model, tokenizer, min(arguments.batch, 2 * arguments.conversations))
+    try:
+        chat = SelfChat(model, tokenizer, min(arguments.batch, 2 * arguments.conversations))
+    except UserError as error:
+        parser.error(f"{arguments.model}: {error}")
     found: dict[str, dict[str, Any]] = {}  # by the question
     with tqdm(total=arguments.conversations, unit="conversation") as progress:
         while len(found) < arguments.conversations:
@@ -99,7 +105,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     for part, chosen in (("eval", rows[::HELD_OUT]), ("train", [row for i, row in enumerate(rows) if i % HELD_OUT])):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
-        (arguments.output / f"{part}.jsonl").write_text(text, encoding="utf-8")
+        write_whole(arguments.output / f"{part}.jsonl", text)
 
 
 if __name__ == "__main__":

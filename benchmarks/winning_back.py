@@ -17,6 +17,7 @@ model's card.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,9 +30,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from qsparse_hf.errors import UserError, check_writable
+from qsparse_hf.errors import UserError, check_writable, write_whole
+from qsparse_hf.evaluation import Protocol, Suite
+from qsparse_hf.loading import load_tokenizer
 from qsparse_hf.losses import eval_losses, text_of
 from qsparse_hf.measure import print_table, write_json
+from qsparse_hf.training.recipe import parse
 
 REPOSITORY = Path(__file__).parent.parent
 CONTINUE, SFT = (REPOSITORY / "configs" / "train" / f"{stage}_smollm2_135m.yaml" for stage in ("continue", "sft"))
@@ -73,12 +77,12 @@ CHATTING = ("taught", "taught-alone", "faster")
 
 @dataclass(frozen=True)
 class Job:
-    """A command of Python's, ready when all of `needs` are there, and done when `makes` is."""
+    """A command of Python's, ready when all of `needs` are there."""
 
     name: str
     command: Sequence[str]
-    makes: Path
     needs: Sequence[Path] = ()
+    trains: Path | None = None  # into this folder, where an interrupted run leaves a checkpoint
 
 
 @dataclass
@@ -102,6 +106,22 @@ class Study:
         """The dense model trained beside all."""
         return self.folder / "taught" / "control"
 
+    def mark(self, name: str) -> Path:
+        """What says that a job is done: models and results are there before they are whole."""
+        return self.folder / f"{name}.done"
+
+    def is_done(self, job: Job) -> bool:
+        """Whether its mark is there.
+
+        Raises:
+            UserError: it was done with other words.
+        """
+        if not (mark := self.mark(job.name)).exists():
+            return False
+        if mark.read_text() != json.dumps(job.command):
+            raise UserError(f"{job.name} in {self.folder} was made with other words; choose another output")
+        return True
+
     def train(self, name: str) -> Job:
         """A variant's training."""
         variant = VARIANTS[name]
@@ -109,27 +129,21 @@ class Study:
         own = [each.format_map(words) for each in variant.settings]
         begins = self.folder / variant.begins
         shared = ["control=false", *self.settings, f"model={begins}", f"output_dir={self.folder / name}"]
-        needs = [begins / "config.json", *([self.control / "control.json"] if TEACHER in variant.settings else [])]
-        command = [*variant.command, str(CONTINUE), *shared, *own]
-        return Job(name, command, self.folder / name / "all_results.json", needs)
+        needs = [self.mark(variant.begins), *([self.control / "control.json"] if TEACHER in variant.settings else [])]
+        return Job(name, [*variant.command, str(CONTINUE), *shared, *own], needs, self.folder / name)
 
     def conversion(self, name: str) -> Job:
         """The checkpoint that a variant begins from."""
         kind, _, sparsity = name.rpartition("-")
-        output = self.folder / name
-        verb = (
-            ["convert"]
-            if kind == "one-ratio"
-            else ["calibrate", "--tokens", str(self.calibration_tokens), "--text", *self.text]
-        )
-        command = [*QSPARSE, verb[0], self.parent, str(output), "--sparsity", sparsity, *verb[1:]]
-        return Job(name, command, output / "config.json")
+        verb, options = "convert", ["--sparsity", sparsity]
+        if kind == "calibrated":
+            verb, options = "calibrate", [*options, "--tokens", str(self.calibration_tokens), "--text", *self.text]
+        return Job(name, [*QSPARSE, verb, self.parent, str(self.folder / name), *options])
 
     def chats(self) -> Job:
         """The parent's conversations."""
-        output = self.folder / "chats"
-        command = [str(Path(__file__).with_name("self_chats.py")), self.parent, str(output)]
-        return Job("chats", [*command, "--conversations", str(self.conversations)], output / "train.jsonl")
+        command = [str(Path(__file__).with_name("self_chats.py")), self.parent, str(self.folder / "chats")]
+        return Job("chats", [*command, "--conversations", str(self.conversations)])
 
     def first(self, names: list[str]) -> list[Job]:
         """Conversions, conversations and trainings; what others wait for comes first."""
@@ -141,36 +155,40 @@ class Study:
     def second(self, names: list[str]) -> list[Job]:
         """What follows the trainings of these variants."""
         best = min((name for name in CHATTING if name in names), key=lambda name: sum(self.losses(name).values()))
-        model, sft, measured = self.folder / best, self.folder / "chatting", self.folder / "compare.json"
-        if not (model / "control").exists():
-            (model / "control").symlink_to(self.control.resolve())
-        data = [
-            f"{part}_data=[{{files: {self.folder / 'chats' / part}.jsonl, columns: {{messages: messages}}}}]"
-            for part in ("train", "eval")
-        ]
+        model, sft = self.folder / best, self.folder / "chatting"
+        link = model / "control"
+        if not link.is_symlink() and not link.exists():
+            link.symlink_to(os.path.relpath(self.control, model))
+        data = []
+        for part in ("train", "eval"):
+            source = {"files": str(self.folder / "chats" / f"{part}.jsonl"), "columns": {"messages": "messages"}}
+            data.append(f"{part}_data={json.dumps([source])}")
         words = [f"model={model}", f"output_dir={sft}", "control=true", *data, *self.chat_settings]
         compared = [self.control, *(self.folder / name for name in (best, "taught-0.4") if name in names)]
-        ask = ["--text", *self.held_out, "--tokens", str(self.tokens)]
+        ask = ["--text", *self.held_out, "--tokens", str(self.tokens), "--batch-size", "64"]
         pairs = ["--pairs", *self.pairs] if self.pairs else []
-        compare = [*QSPARSE, "compare", *map(str, compared), *ask, *pairs, "--batch-size", "64"]
-        chat = [*QSPARSE, "compare", str(sft / "control"), str(sft), *ask, "--prompts", str(PROMPTS)]
-        answers = self.folder / "answers.json"
         chatting = [
-            Job("chatting", [*QSPARSE, "train", str(SFT), *words], sft / "all_results.json"),
-            Job("answers", [*chat, "--output", str(answers)], answers, [sft / "all_results.json"]),
-            self.card(sft, answers),
+            Job("chatting", [*QSPARSE, "train", str(SFT), *words], [self.mark("chats")], sft),
+            self.comparison("answers", [sft / "control", sft], [*ask, "--prompts", str(PROMPTS)], "chatting"),
+            self.card(sft, "answers"),
         ]
         measuring = [
-            Job("compare", [*compare, "--output", str(measured)], measured),
-            *(self.card(each, measured) for each in compared[1:]),
+            self.comparison("compare", compared, [*ask, *pairs], best),
+            *(self.card(each, "compare") for each in compared[1:]),
         ]
         return [*(chatting if self.conversations else []), *measuring]
 
-    def card(self, model: Path, results: Path) -> Job:
+    def comparison(self, name: str, models: list[Path], options: list[str], needs: str) -> Job:
+        """Models beside each other, as JSON of that name."""
+        output = ["--output", str(self.folder / f"{name}.json")]
+        return Job(name, [*QSPARSE, "compare", *map(str, models), *options, *output], [self.mark(needs)])
+
+    def card(self, model: Path, results: str) -> Job:
         """A model's card as it would be pushed."""
-        name, card = f"{Path(self.parent).name}-{model.name}", self.folder / "cards" / f"{model.name}.md"
-        words = ["push", str(model), name, "--results", str(results), "--card", str(card), "--dry-run"]
-        return Job(f"card of {model.name}", [*QSPARSE, *words], card, [results])
+        name, card = f"{Path(self.parent).resolve().name}-{model.name}", self.folder / "cards" / f"{model.name}.md"
+        measured = ["--results", str(self.folder / f"{results}.json"), "--card", str(card)]
+        command = [*QSPARSE, "push", str(model), name, *measured, "--dry-run"]
+        return Job(f"card of {model.name}", command, [self.mark(results)])
 
     def losses(self, name: str) -> dict[str, float]:
         """A trained model's, by text."""
@@ -182,9 +200,10 @@ class Study:
 
     def run(self, jobs: list[Job], devices: list[str]) -> None:
         """Run what is not done, one job a device; one that fails takes those with it that need it."""
-        waiting = [job for job in jobs if not job.makes.exists()]
+        waiting = [job for job in jobs if not self.is_done(job)]
         running: dict[str, tuple[Job, subprocess.Popen]] = {}
         with tqdm(total=len(waiting), unit="job") as progress, ExitStack() as stack:
+            stack.callback(lambda: [process.wait() for _, process in running.values()])
             stack.callback(lambda: [process.terminate() for _, process in running.values()])
             while running or any(ready(job) for job in waiting):
                 for device in devices:
@@ -199,7 +218,9 @@ class Study:
                         if process.returncode:
                             self.failed.append(job.name)
                             log = (self.folder / f"{job.name}.log").read_text(errors="replace")
-                            progress.write(f"{job.name} failed: {log.strip().splitlines()[-1][:300]}")
+                            progress.write(f"{job.name} failed: {log.strip()[-300:] or process.returncode}")
+                        else:
+                            write_whole(self.mark(job.name), json.dumps(job.command))
                 title = ", ".join(job.name for job, _ in running.values())
                 if progress.desc != f"{title}: ":
                     progress.set_description(title)
@@ -207,10 +228,12 @@ class Study:
         self.failed += [f"{job.name} (not begun)" for job in waiting]
 
     def start(self, job: Job, device: str) -> subprocess.Popen:
-        """Begin a job, whose output goes into a log."""
-        log = (self.folder / f"{job.name}.log").open("w")
+        """Begin a job, or go on with it, its output into a log."""
+        resume = ["resume_from_checkpoint=last"] if job.trains and [*job.trains.rglob("checkpoint-*")] else []
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
-        return subprocess.Popen([sys.executable, *job.command], stdout=log, stderr=log, env=environment)
+        with (self.folder / f"{job.name}.log").open("w") as log:
+            command = [sys.executable, *job.command, *resume]
+            return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     def table(self, done: list[str]) -> None:
         """Print losses and gaps, and write them with what else each run left."""
@@ -228,6 +251,50 @@ def ready(job: Job) -> bool:
     return all(need.exists() for need in job.needs)
 
 
+def _data(arguments: argparse.Namespace) -> list[str]:
+    """The recipe's data: as many documents of each text."""
+    train, held_out = ([each.partition("=")[::2] for each in texts] for texts in (arguments.text, arguments.held_out))
+    return [
+        "train_data=" + json.dumps([{"files": files, "probability": 1 / len(train)} for _, files in train]),
+        "eval_data=" + json.dumps(dict(held_out)),
+        "save_strategy=no",
+    ]
+
+
+def _check(arguments: argparse.Namespace, study: Study) -> None:
+    """What would be found out an hour later."""
+    check_writable(arguments.output / "winning_back.json")
+    for each in (*arguments.text, *arguments.held_out):
+        if "=" not in each:
+            raise UserError(f"a text is NAME=FILES, got {each!r}")
+    if "taught" not in arguments.variants:
+        raise UserError("--variants must hold taught, whose control is the measure of the others")
+    if arguments.conversations and arguments.conversations < 32:
+        raise UserError(f"--conversations must be 0 or at least 32, got {arguments.conversations}")
+    Suite.of(arguments.text)
+    Suite.of(arguments.held_out, arguments.pairs, protocol=Protocol(tokens=arguments.tokens))
+    parse(str(CONTINUE), study.settings)
+    if not load_tokenizer(arguments.model).chat_template and arguments.conversations:
+        raise UserError(f"{arguments.model} has no chat template; --conversations 0 leaves the chat out")
+    if arguments.conversations:
+        parse(str(SFT), study.chat_settings)
+
+
+def _run(study: Study, names: list[str]) -> None:
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    devices = given if any(given) else [str(index) for index in range(torch.cuda.device_count())] or [""]
+    conversion, *others = study.first(names)
+    study.run([conversion], devices)  # what is wrong with the machine shows here
+    if study.failed:
+        return
+    study.run(others, devices)
+    done = [name for name in names if study.mark(name).exists()]
+    if "taught" in done:
+        study.table(done)
+    if {name for name in (*CHATTING, "taught-0.4") if name in names} <= set(done):  # the best of them is known
+        study.run(study.second(done), devices)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a dense chat model")
@@ -242,21 +309,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60000, help="measured of each text (default %(default)s)")
     parser.add_argument("--calibration-tokens", type=int, default=49152, help="(default %(default)s)")
     arguments = parser.parse_args()
-    try:
-        check_writable(arguments.output / "winning_back.json")
-    except UserError as error:
-        parser.error(str(error))
-    if any("=" not in each for each in (*arguments.text, *arguments.held_out, *arguments.settings)):
-        parser.error("texts and settings are NAME=VALUE")
-    if "taught" not in arguments.variants:
-        parser.error("--variants must hold taught, whose control is the measure of the others")
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    train, held_out = ([each.partition("=")[::2] for each in texts] for texts in (arguments.text, arguments.held_out))
-    data = [
-        "train_data=" + json.dumps([{"files": files, "probability": 1 / len(train)} for _, files in train]),
-        "eval_data=" + json.dumps(dict(held_out)),
-        "save_strategy=no",
-    ]
     study = Study(
         arguments.model,
         arguments.output,
@@ -266,19 +318,16 @@ def main() -> None:
         arguments.conversations,
         arguments.tokens,
         arguments.calibration_tokens,
-        [*data, *arguments.settings],
+        [*_data(arguments), *arguments.settings],
         ["save_strategy=no", *arguments.chat_settings],
     )
-    devices = [str(index) for index in range(torch.cuda.device_count())] or [""]
-    names = ["taught", *(name for name in arguments.variants if name != "taught")]
-    conversion, *others = study.first(names)
-    study.run([conversion], devices)  # what is wrong with the machine or with the words shows here
-    if not study.failed:
-        study.run(others, devices)
-        done = [name for name in names if (study.folder / name / "all_results.json").exists()]
-        if done[:1] == ["taught"]:
-            study.table(done)
-            study.run(study.second(done), devices)
+    try:
+        _check(arguments, study)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the jobs are stopped on the way out
+        _run(study, ["taught", *(name for name in arguments.variants if name != "taught")])
+    except UserError as error:
+        parser.error(str(error))
     if study.failed:
         raise SystemExit(f"failed: {', '.join(study.failed)}; their logs are in {study.folder}")
     print(f"cards in {study.folder / 'cards'}")

@@ -97,14 +97,17 @@ def push_folder(
     for name, given in (("the repository", repository), ("base_model", base_model)):
         if given is not None and not may_be_repository(given):
             raise UserError(f"{name} must be an id such as your-name/your-model, got {given!r}")
-    if card:
+    if card is not None:
         check_writable(card)
     base = Origin(base_model, base_model, True) if base_model else None  # its card is asked for when something is sent
     contents = _contents(folder, repository, find_origin(base_model) if base_model and not dry_run else base, results)
     files = {name: len(data) if isinstance(data, bytes) else data.stat().st_size for name, data in contents.items()}
-    if card:
+    if card is not None:
         if _CARD not in contents:
             raise UserError(f"{folder} holds no {_CARD} to write to {card}")
+        read = [folder / name for name in contents if name != _CARD] + ([Path(results)] if results else [])
+        if Path(card).resolve() in [file.resolve() for file in read]:
+            raise UserError(f"the card cannot be written to {card}, which is read")
         text = contents[_CARD]
         with user_errors(card):
             Path(card).parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from .checkpoint import read_json
 from .errors import UserError
 
 _THIS = "this model"
+_MISSING = "–"  # noqa: RUF001
 
 
 @dataclass(frozen=True)
@@ -20,40 +21,47 @@ class Results:
 
     Attributes:
         figures: one of each metric.
-        beside: by the name of another model, its values of the same metrics.
+        beside: by the name of another model, its values of the same metrics; None where it has none.
         answers: by prompt, each model's answer; the model's own is the first.
     """
 
     figures: list[EvalResult]
-    beside: Mapping[str, list[float]] = field(default_factory=dict)
+    beside: Mapping[str, list[float | None]] = field(default_factory=dict)
     answers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def table(self) -> str:
         """The figures as a Markdown table, a column for each model."""
-        models = [_THIS, *self.beside] if self.beside else ["value"]
-        rows = zip(*([each.metric_value for each in self.figures], *self.beside.values()), strict=True)
-        return _table(
-            ["task", "metric", *models],
-            ([each.dataset_name, each.metric_name, *row] for each, row in zip(self.figures, rows, strict=True)),
-        )
+        columns = [[each.metric_value for each in self.figures], *self.beside.values()]
+        heading = ["task", "metric", *([_THIS, *self.beside] if self.beside else ["value"])]
+        lines = [heading, ["---"] * len(heading)]
+        for each, *values in zip(self.figures, *columns, strict=True):
+            shown = [_MISSING if value is None else str(value) for value in values]
+            lines.append([each.dataset_name, each.metric_name, *shown])
+        return "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in lines)
 
     def conversation(self) -> str:
-        """The answers as Markdown, a table for each prompt."""
-        parts = []
-        for prompt, answers in self.answers.items():
-            rows = ([name, cell(answer)] for name, answer in answers.items())
-            parts.append(f"**{cell(prompt)}**\n\n{_table(['model', 'answer'], rows)}")
+        """The answers as Markdown, below each prompt a quotation of each model."""
+        parts = [
+            f"**{cell(prompt)}**\n"
+            + "".join(f"\n{cell(name)}:\n\n{_quoted(answer)}\n" for name, answer in answers.items())
+            for prompt, answers in self.answers.items()
+        ]
         return "\n".join(parts)
 
 
-def _table(heading: list[str], rows: Any) -> str:
-    lines = (heading, ["---"] * len(heading), *rows)
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+def cell(text: str) -> str:
+    """In one line, as a cell of a Markdown table holds it."""
+    return "<br>".join(text.strip().replace("|", "\\|").splitlines())
 
 
-def cell(answer: str) -> str:
-    """As a cell of a Markdown table holds it."""
-    return "<br>".join(answer.strip().replace("|", "\\|").splitlines())
+def _quoted(answer: str) -> str:
+    """A Markdown quotation. Markdown that the model wrote stays it, code above all; what looks like HTML does not."""
+    lines, is_code = [], False
+    for line in answer.strip().splitlines() or [""]:
+        fence = line.lstrip().startswith("```")
+        lines.append(f"> {line if is_code or fence else line.replace('<', '&lt;')}")
+        is_code ^= fence
+    return "\n".join(lines)
 
 
 def result(data: str, metric: str, name: str, value: float) -> EvalResult:
@@ -64,16 +72,21 @@ def result(data: str, metric: str, name: str, value: float) -> EvalResult:
 def read_results(file: str | Path, folder: str | Path) -> Results:
     """What a file of `qsparse eval`, `qsparse compare` or lm-evaluation-harness holds of the model in `folder`.
 
+    The file names models as they were named on the command line, maybe in another place: a model is that of `folder` if
+    it is the same folder, or the only one that is called so.
+
     Raises:
-        UserError: no such file, or none of these; one without that model; a figure that is no number.
+        UserError: no such file, or none of these; one of other models; a figure that is no number.
     """
     held: Any = read_json(Path(file)).get("results")
     try:
-        if isinstance(held, list):
-            found = _compared(held, Path(folder), file)
+        if isinstance(held, dict) and "model" not in held:
+            found = Results([*_harness_figures(held)])
         else:
-            found = Results([*(_own_figures(held) if "model" in held else _harness_figures(held))])
-    except (TypeError, KeyError, AttributeError):
+            found = _of_ours(held if isinstance(held, list) else [held], Path(folder), file)
+    except UserError:
+        raise
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError):
         found = Results([])
     if not found.figures and not found.answers:
         raise UserError(f"{file} holds no results as `qsparse eval`, `compare` or lm-evaluation-harness write them")
@@ -83,17 +96,35 @@ def read_results(file: str | Path, folder: str | Path) -> Results:
     return found
 
 
-def _compared(rows: list[dict[str, Any]], folder: Path, file: str | Path) -> Results:
-    mine = [row for row in rows if Path(row["model"]).resolve() == folder.resolve()]
-    if not mine:
+def _of_ours(rows: list[dict[str, Any]], folder: Path, file: str | Path) -> Results:
+    paths = [Path(row["model"]).resolve() for row in rows]
+    same = [path == folder.resolve() for path in paths]
+    if not any(same):
+        same = [path.name == folder.resolve().name for path in paths]
+    if sum(same) != 1:
         raise UserError(f"{file} has no results of {folder}, but of {', '.join(row['model'] for row in rows)}")
-    names = {_THIS: mine[0]} | {Path(row["model"]).name: row for row in rows if row is not mine[0]}
-    figures = {name: [*_own_figures(row)] for name, row in names.items()}
-    beside = {name: [each.metric_value for each in figures[name]] for name in names if name != _THIS}
-    answers = {
-        prompt: {name: row["answers"][prompt] for name, row in names.items()} for prompt in mine[0].get("answers", {})
+    mine = rows[same.index(True)]
+    calls = [path.name for path in paths]
+    others = {
+        path.name if calls.count(path.name) == 1 and path.name != _THIS else f"{path.parent.name}/{path.name}": row
+        for path, row in zip(paths, rows, strict=True)
+        if row is not mine
     }
-    return Results(figures[_THIS], beside, answers)
+    figures = [*_own_figures(mine)]
+    beside = {}
+    for name, row in others.items():
+        values = {(each.dataset_name, each.metric_name): each.metric_value for each in _own_figures(row)}
+        beside[name] = [values.get((each.dataset_name, each.metric_name)) for each in figures]
+    asked = mine.get("answers", {})
+    answers = {
+        prompt: {
+            name: str(row["answers"][prompt])
+            for name, row in ({_THIS: mine} | others).items()
+            if prompt in row.get("answers", {})
+        }
+        for prompt in asked
+    }
+    return Results(figures, beside, answers)
 
 
 def _own_figures(held: dict[str, Any]) -> Iterator[EvalResult]:

@@ -35,7 +35,7 @@ def file(tmp_path):
 
 
 def test_figures_of_eval(file, tmp_path):
-    found = read_results(file(held()), tmp_path)
+    found = read_results(file(held(tmp_path)), tmp_path)
     assert [(each.dataset_name, each.metric_name, each.metric_value) for each in found.figures] == [
         ("wiki", "perplexity (50,000 tokens)", 21.4322),
         ("blimp", "accuracy (1,200 pairs)", 0.79),
@@ -52,17 +52,30 @@ def test_figures_and_answers_of_compare(file, tmp_path):
         "| --- | --- | --- | --- |",
         "| wiki | perplexity (50,000 tokens) | 21.4322 | 19.5 |",
     ]
-    assert found.conversation().splitlines() == [
-        "**What is the capital \\| of France?**",
-        "",
-        "| model | answer |",
-        "| --- | --- |",
-        "| this model | Lyon,<br>or<br>not |",
-        "| dense | Paris. |",
-    ]
+    assert found.conversation() == (
+        "**What is the capital \\| of France?**\n\nthis model:\n\n> Lyon,\n> or\n> not\n\ndense:\n\n> Paris.\n"
+    )
 
 
-@pytest.mark.parametrize("wrong", [[], {"a": 1}, {"model": "x"}, [{"model": "x"}], [{}], 3])
+def test_code_in_an_answer_stays_code_and_html_does_not(file, tmp_path):
+    answer = "## Like <this>:\n```python\nif a < b:\n    pass"  # cut off inside
+    found = read_results(file([held(tmp_path, answer=answer)]), tmp_path)
+    quotation = "> ## Like &lt;this>:\n> ```python\n> if a < b:\n>     pass\n"
+    assert found.conversation().endswith(f"this model:\n\n{quotation}")
+
+
+def test_figures_are_matched_by_what_they_are_and_models_by_where(file, tmp_path):
+    other, third = held(tmp_path / "a" / "dense"), held(tmp_path / "b" / "dense", 30.0)
+    other["texts"] = {"more": {"perplexity": 1.0, "tokens": 5}, "wiki": {"perplexity": 19.0, "tokens": 50000}}
+    third["texts"]["wiki"]["tokens"] = 7
+    del third["answers"]
+    found = read_results(file([other, held("elsewhere/sparse"), third]), tmp_path / "sparse")
+    assert found.table().splitlines()[0] == "| task | metric | this model | a/dense | b/dense |"
+    assert found.table().splitlines()[2] == "| wiki | perplexity (50,000 tokens) | 21.4322 | 19.0 | – |"  # noqa: RUF001
+    assert [*found.answers["What is the capital | of France?"]] == ["this model", "a/dense"]
+
+
+@pytest.mark.parametrize("wrong", [[], {"a": 1}, {"model": "x"}, [{"model": "x"}], [{}], 3, {"model": "a\0b"}, "x"])
 def test_what_is_no_result_is_refused(file, tmp_path, wrong):
     with pytest.raises(UserError, match="no results"):
         read_results(file(wrong), tmp_path)
@@ -71,8 +84,12 @@ def test_what_is_no_result_is_refused(file, tmp_path, wrong):
 def test_another_models_results_and_no_numbers_are_refused(file, tmp_path):
     with pytest.raises(UserError, match=r"has no results of .*sparse, but of a, b$"):
         read_results(file([held("a"), held("b")]), tmp_path / "sparse")
+    with pytest.raises(UserError, match=r"has no results of .*sparse, but of a$"):
+        read_results(file(held("a")), tmp_path / "sparse")
+    with pytest.raises(UserError, match="no results"):
+        read_results(file(held(tmp_path) | {"texts": {"wiki": {"perplexity": 1.0, "tokens": "5"}}}), tmp_path)
     with pytest.raises(UserError, match=r"perplexity \(50,000 tokens\) on wiki is inf"):  # which metadata cannot hold
-        read_results(file(held(perplexity=math.inf)), tmp_path)
+        read_results(file(held(tmp_path, perplexity=math.inf)), tmp_path)
 
 
 @pytest.fixture
@@ -102,11 +119,16 @@ def test_compare_fills_the_card_that_push_sends(sparse, tmp_path):
 def test_results_and_cards_that_cannot_be_are_told_before_anything_is_sent(sparse, file, tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         push_folder(sparse, "me/model", card=str(tmp_path), dry_run=True)
+    weights = (sparse / "model.safetensors").read_bytes()
+    for read in (sparse / "model.safetensors", tmp_path / "results.json"):
+        with pytest.raises(UserError, match="which is read"):
+            push_folder(sparse, "me/model", results=str(file([held(sparse)])), card=str(read), dry_run=True)
+    assert (sparse / "model.safetensors").read_bytes() == weights
     with pytest.raises(UserError, match="has no results of"):
         push_folder(sparse, "me/model", results=str(file([held("a")])))
     (sparse / "README.md").write_text("# Mine\n")
     with pytest.raises(UserError, match="was written or changed by a person"):
-        push_folder(sparse, "me/model", results=str(file(held())))
+        push_folder(sparse, "me/model", results=str(file(held(sparse))))
     (sparse / "README.md").unlink()
     with pytest.raises(UserError, match=r"holds no README.md"):
         push_folder(sparse, "me/model", card=str(tmp_path / "card.md"))
