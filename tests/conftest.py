@@ -6,14 +6,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face's is impor
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and wait for busy cores
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -294,3 +297,17 @@ def tiny_checkpoint(tmp_path_factory, tiny_tokenizer) -> Path:
     make(sparse_config("llama")).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def small_quickstart(tmp_path_factory, monkeypatch) -> None:
+    """A quickstart of three packages of the standard library and two updates."""
+    from qsparse_hf import quickstart  # which needs the libraries for training, and few tests do
+
+    library = tmp_path_factory.mktemp("library")
+    for name in ("json", "email", "logging"):
+        shutil.copytree(Path(sysconfig.get_paths()["stdlib"], name), library / name)
+    monkeypatch.setattr(quickstart, "sysconfig", SimpleNamespace(get_paths=lambda: {"stdlib": str(library)}))
+    for stage in (quickstart._PRETRAIN, quickstart._CONTINUE):
+        monkeypatch.setitem(stage, "max_steps", 2)
+        monkeypatch.setitem(stage, "eval_steps", 1)

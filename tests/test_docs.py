@@ -11,12 +11,9 @@ import json
 import re
 import runpy
 import shlex
-import shutil
 import sys
-import sysconfig
 from argparse import ArgumentParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -24,7 +21,6 @@ import yaml
 from conftest import REPOSITORY, dense_config, make
 from test_gguf_file import write
 
-from qsparse_hf import quickstart
 from qsparse_hf.cli import build_parser, main
 from qsparse_hf.training.recipe import parse
 
@@ -139,21 +135,14 @@ def write_task(name: str) -> None:
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """The repository's folder as a reader has it, before `make quickstart`, with few texts and updates for that."""
+def here(tmp_path, monkeypatch, small_quickstart) -> Path:
+    """The repository's folder as a reader has it, before `make quickstart`."""
     for name in ("README.md", "docs", "configs", "benchmarks", "scripts"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "my-model.gguf", make(dense_config("llama")))
     write_task("my_task")
     write_task("other_task")
-    library = tmp_path / "library"
-    for name in ("json", "email", "logging"):
-        shutil.copytree(Path(sysconfig.get_paths()["stdlib"], name), library / name)
-    monkeypatch.setattr(quickstart, "sysconfig", SimpleNamespace(get_paths=lambda: {"stdlib": str(library)}))
-    for stage in (quickstart._PRETRAIN, quickstart._CONTINUE):
-        monkeypatch.setitem(stage, "max_steps", 2)
-        monkeypatch.setitem(stage, "eval_steps", 1)
     return tmp_path
 
 
