@@ -1,4 +1,4 @@
-"""What each ingredient of winning back a sparse model's loss gives: models trained beside each other, and their cards.
+"""An ablation of training a sparse model: what teacher, calibration and learning rate give, and each model's card.
 
     python benchmarks/winning_back.py smollm2 runs/smollm2 --text english=train.jsonl python=python_train.jsonl \\
         --held-out english=eval.jsonl python=python_eval.jsonl --pairs blimp=blimp.jsonl.gz \\
@@ -6,7 +6,7 @@
 
 Every model is one `qsparse` command, on the recipe `continue_smollm2_135m.yaml` with `--settings`; models and logs
 stand in the output folder. What is there is not made again, so an interrupted call goes on when it is repeated with the
-same words. Where there are several GPUs, each takes a model of its own.
+same arguments. Where there are several GPUs, each takes a model of its own.
 
 The measure is the dense model trained on the same tokens: `taught` trains it first, as the control of all, and a gap is
 a loss minus the control's. Then the best model of sparsity 0.5 learns to chat again, beside the control, from
@@ -46,7 +46,7 @@ HIDDEN = [str(Path(__file__).with_name("hidden_states.py")), "3.0"]
 
 @dataclass(frozen=True)
 class Variant:
-    """A sparse model: where it begins, and what its recipe has otherwise."""
+    """A sparse model: its name in the table, where it begins, and what its recipe has otherwise."""
 
     told: str
     begins: str = "calibrated-0.5"
@@ -114,12 +114,12 @@ class Study:
         """Whether its mark is there.
 
         Raises:
-            UserError: it was done with other words.
+            UserError: it was done with other arguments.
         """
         if not (mark := self.mark(job.name)).exists():
             return False
         if mark.read_text() != json.dumps(job.command):
-            raise UserError(f"{job.name} in {self.folder} was made with other words; choose another output")
+            raise UserError(f"{job.name} in {self.folder} was made with other arguments; choose another output")
         return True
 
     def train(self, name: str) -> Job:
@@ -262,7 +262,7 @@ def _data(arguments: argparse.Namespace) -> list[str]:
 
 
 def _check(arguments: argparse.Namespace, study: Study) -> None:
-    """What would be found out an hour later."""
+    """Refuse now what would fail an hour later."""
     check_writable(arguments.output / "winning_back.json")
     for each in (*arguments.text, *arguments.held_out):
         if "=" not in each:
@@ -284,7 +284,7 @@ def _run(study: Study, names: list[str]) -> None:
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     devices = given if any(given) else [str(index) for index in range(torch.cuda.device_count())] or [""]
     conversion, *others = study.first(names)
-    study.run([conversion], devices)  # what is wrong with the machine shows here
+    study.run([conversion], devices)  # a machine that cannot run it shows here
     if study.failed:
         return
     study.run(others, devices)
@@ -309,17 +309,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60000, help="measured of each text (default %(default)s)")
     parser.add_argument("--calibration-tokens", type=int, default=49152, help="(default %(default)s)")
     arguments = parser.parse_args()
+    shared = ("text", "held_out", "pairs", "conversations", "tokens", "calibration_tokens")
     study = Study(
-        arguments.model,
-        arguments.output,
-        arguments.text,
-        arguments.held_out,
-        arguments.pairs,
-        arguments.conversations,
-        arguments.tokens,
-        arguments.calibration_tokens,
-        [*_data(arguments), *arguments.settings],
-        ["save_strategy=no", *arguments.chat_settings],
+        parent=arguments.model,
+        folder=arguments.output,
+        settings=[*_data(arguments), *arguments.settings],
+        chat_settings=["save_strategy=no", *arguments.chat_settings],
+        **{name: getattr(arguments, name) for name in shared},
     )
     try:
         _check(arguments, study)

@@ -25,7 +25,7 @@ from .generate import answer_prompts, read_prompts
 from .loading import check_dtype, find_base, find_device, load_checkpoint
 from .measure import print_table, write_json
 from .report import count_parameters, short_count
-from .results import cell
+from .results import table_cell
 
 
 def compare_checkpoints(
@@ -93,7 +93,7 @@ def compare_checkpoints(
     print_table([heading for heading, _ in first], ([cell for _, cell in row] for row in chain([first], table)))
     for prompt in asked:
         print(f"\n**{prompt}**\n")
-        print_table(["model", "answer"], ([row["model"], cell(row["answers"][prompt])] for row in rows))
+        print_table(["model", "answer"], ([row["model"], table_cell(row["answers"][prompt])] for row in rows))
     if picture is not None:
         with user_errors(picture):
             _draw(rows, Path(picture))

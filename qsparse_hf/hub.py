@@ -108,10 +108,7 @@ def push_folder(
         read = [folder / name for name in contents if name != _CARD] + ([Path(results)] if results else [])
         if Path(card).resolve() in [file.resolve() for file in read]:
             raise UserError(f"the card cannot be written to {card}, which is read")
-        text = contents[_CARD]
-        with user_errors(card):
-            Path(card).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(Path(card), (text if isinstance(text, bytes) else text.read_bytes()).decode())
+        _write_card(contents[_CARD], Path(card))
     if dry_run:
         return Push(files, (f"would go to {repository}; nothing was sent",))
     with _hub_errors(repository):
@@ -139,6 +136,13 @@ def push_folder(
         message = message or f"Upload {folder.resolve().name} with qsparse_hf"
         commit = api.create_commit(repository, operations, commit_message=message, revision=revision)
     return Push(files, tuple(notes), str(commit.commit_url))
+
+
+def _write_card(card: Path | bytes, file: Path) -> None:
+    """Write to `file` what is sent."""
+    with user_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8"))
 
 
 def _contents(folder: Path, repository: str, base_model: Origin | None, results: str | None) -> dict[str, Path | bytes]:

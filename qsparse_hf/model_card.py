@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _TEMPLATE = Path(__file__).with_suffix(".md")
 _SIGNATURE = re.compile(r"\n<!-- Written by qsparse_hf, which renews it until you change it \(([0-9a-f]{16})\) -->\n\Z")
 _HERE = re.compile(r'^(here = )".*"(  # this repository)', re.MULTILINE)
-_RESULTS = re.compile(r"^<!-- (?:results|tasks) -->\n(?:(?!## ).*\n)*", re.MULTILINE)  # to the next heading
+_RESULTS = re.compile(r"^<!-- results -->\n(?:(?!## ).*\n)*", re.MULTILINE)  # to the next heading
 _LOCAL = re.compile(r"a local model, `[^`\n]*`")
 _UNKNOWN_LICENCE = " The licence is that of the model it was made from, which is not known here."
 _GROUPS = {"qkv": "q, k, v", "o": "attention's output", "gate_up": "gate, up", "down": "down"}

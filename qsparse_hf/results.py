@@ -37,19 +37,19 @@ class Results:
         for each, *values in zip(self.figures, *columns, strict=True):
             shown = [_MISSING if value is None else str(value) for value in values]
             lines.append([each.dataset_name, each.metric_name, *shown])
-        return "".join("| " + " | ".join(map(cell, line)) + " |\n" for line in lines)
+        return "".join("| " + " | ".join(map(table_cell, line)) + " |\n" for line in lines)
 
     def conversation(self) -> str:
         """The answers as Markdown, below each prompt a quotation of each model."""
         parts = [
-            f"**{cell(prompt)}**\n"
-            + "".join(f"\n{cell(name)}:\n\n{_quoted(answer)}\n" for name, answer in answers.items())
+            f"**{table_cell(prompt)}**\n"
+            + "".join(f"\n{table_cell(name)}:\n\n{_quoted(answer)}\n" for name, answer in answers.items())
             for prompt, answers in self.answers.items()
         ]
         return "\n".join(parts)
 
 
-def cell(text: str) -> str:
+def table_cell(text: str) -> str:
     """In one line, as a cell of a Markdown table holds it."""
     return "<br>".join(text.strip().replace("|", "\\|").splitlines())
 

@@ -434,11 +434,13 @@ def test_the_trainer_loads_optional_packages_only_when_they_are_used():
 
 def test_quickstart_in_small(tmp_path, monkeypatch, capfd, small_quickstart):
     """The whole path with a handful of updates; its real lengths are `make quickstart`'s."""
+    monkeypatch.setitem(quickstart._CONTINUE, "max_steps", 4)
+    monkeypatch.setitem(quickstart._CONTINUE, "eval_steps", 2)
     monkeypatch.setitem(quickstart._RUN, "logging_steps", 1)
     quickstart.quickstart(str(tmp_path / "out"))
     said = capfd.readouterr().out
     assert "identical logits" in said
-    assert said.count("2 updates later") == 3
+    assert said.count("4 updates later") == 3
     for name in ("loss.png", "sparsity.png", "model.safetensors"):
         assert (tmp_path / "out" / "sparse" / name).exists()
     (tmp_path / "mine").mkdir()
