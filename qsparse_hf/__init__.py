@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from . import kernels as kernels  # they join the tables of implementations
 from .decode.prepare import prepare, restore
 from .modeling.configuration_qsparse import (
+    QSparseBitNetConfig,
     QSparseGemma3Config,
     QSparseLlamaConfig,
     QSparseMistralConfig,
@@ -14,6 +15,7 @@ from .modeling.configuration_qsparse import (
     QSparseQwen3Config,
 )
 from .modeling.modeling_qsparse import Preparation, QSparsePreTrainedModel
+from .modeling.modeling_qsparse_bitnet import QSparseBitNetForCausalLM, QSparseBitNetModel
 from .modeling.modeling_qsparse_gemma3 import QSparseGemma3ForCausalLM, QSparseGemma3Model
 from .modeling.modeling_qsparse_llama import QSparseLlamaForCausalLM, QSparseLlamaModel
 from .modeling.modeling_qsparse_mistral import QSparseMistralForCausalLM, QSparseMistralModel
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "QSparseBitNetConfig",
+    "QSparseBitNetForCausalLM",
+    "QSparseBitNetModel",
     "QSparseGemma3Config",
     "QSparseGemma3ForCausalLM",
     "QSparseGemma3Model",

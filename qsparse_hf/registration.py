@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from .modeling.configuration_qsparse import (
     ProjectionGroup,
+    QSparseBitNetConfig,
     QSparseConfigMixin,
     QSparseGemma3Config,
     QSparseLlamaConfig,
@@ -14,6 +15,7 @@ from .modeling.configuration_qsparse import (
     QSparseQwen2Config,
     QSparseQwen3Config,
 )
+from .modeling.modeling_qsparse_bitnet import QSparseBitNetForCausalLM, QSparseBitNetModel
 from .modeling.modeling_qsparse_gemma3 import QSparseGemma3ForCausalLM, QSparseGemma3Model
 from .modeling.modeling_qsparse_llama import QSparseLlamaForCausalLM, QSparseLlamaModel
 from .modeling.modeling_qsparse_mistral import QSparseMistralForCausalLM, QSparseMistralModel
@@ -37,6 +39,7 @@ FAMILIES = {
     "qwen3": Family(QSparseQwen3Config, QSparseQwen3Model, QSparseQwen3ForCausalLM),
     "phi3": Family(QSparsePhi3Config, QSparsePhi3Model, QSparsePhi3ForCausalLM),
     "gemma3_text": Family(QSparseGemma3Config, QSparseGemma3Model, QSparseGemma3ForCausalLM),
+    "bitnet": Family(QSparseBitNetConfig, QSparseBitNetModel, QSparseBitNetForCausalLM),
 }
 """By the `model_type` of the dense model."""
 

@@ -27,6 +27,7 @@ if not torch.cuda.is_available():
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    BitNetConfig,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -88,10 +89,11 @@ FAMILIES = {
             "final_logit_softcapping": 30.0,
         },
     ),
+    "bitnet": (BitNetConfig, qsparse_hf.QSparseBitNetConfig, {}),
 }
 
 
-DISTINCT = ("llama", "phi3", "gemma3_text")
+DISTINCT = ("llama", "phi3", "gemma3_text", "bitnet")
 """Families that between them run all code that any family runs: for what takes long."""
 
 # What a family offers besides, which tiny models leave at its default.

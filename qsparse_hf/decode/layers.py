@@ -124,7 +124,7 @@ class PreparedMLP(PreparedBlock, QSparseMLP):
     """Feed-forward of a prepared model."""
 
     def forward(self, x: Tensor | Survivors, residual: Tensor | None = None) -> Tensor:
-        return self.project(self.down_sparsify(*self.read(x), self.activation()), self.down_proj, residual=residual)[0]
+        return self.project(self.hidden(x), self.down_proj, residual=residual)[0]
 
 
 class PreparedDecoderLayer(Prepared, nn.Module):

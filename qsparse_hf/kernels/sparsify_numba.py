@@ -14,7 +14,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from ..modeling.sparsify import FORMS, TorchSparsify, divide_by_l2_norm
+from ..modeling.sparsify import FORMS, TorchSparsify, finish
 from ..modeling.sparsity import Selection
 from .numba_base import KINDS, bits_of, kernel, read, refuses, refuses_compiling, threads_for, write
 
@@ -175,7 +175,7 @@ class NumbaSurvivors:
             kept = bits_of(values).reshape(lists), indices.numpy().reshape(lists)
             block = selection.block_size or features
             _fill_lists(rows, KINDS[x.dtype][1], block, selection.kept_of_block(features), *kept)
-        return divide_by_l2_norm(values) if selection.rescale == "l2" else values, indices
+        return finish(values, selection), indices
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:

@@ -230,6 +230,21 @@ def _token_max(x, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def _quantize(chunks, largest, DTYPE: tl.constexpr):
+    """Chunks `[W, C]` rounded to multiples of `largest / 127`, as `bitnet.quantize_activations` rounds."""
+    ROUND: tl.constexpr = 12582912.0  # 1.5 * 2^23: a sum with it has no bits left for a fraction
+    largest = tl.maximum(largest, 1e-5, propagate_nan=tl.PropagateNan.ALL)
+    inverse, step = tl.div_rn(127.0, largest)[:, None], tl.div_rn(largest, 127.0)[:, None]
+    rounded = ()
+    for j in tl.static_range(len(chunks)):
+        level = (chunks[j].to(tl.float32) * inverse).to(tl.int32, bitcast=True)
+        # Fused with the sum, the product would not be rounded, as the reference does, unless it may be something else.
+        level = (level ^ tl.program_id(1)).to(tl.float32, bitcast=True)
+        rounded = rounded + ((((level + ROUND) - ROUND) * step).to(DTYPE),)
+    return rounded
+
+
+@triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
     """The activation of fp32 values and its derivative."""
     if ACTIVATION == "silu":
@@ -270,6 +285,7 @@ def sparsify_kernel(
     WORDS: tl.constexpr,
     BITS: tl.constexpr,
     PRODUCER: tl.constexpr,
+    QUANTIZE: tl.constexpr,
     EPILOGUE: tl.constexpr,
     COMPACT: tl.constexpr,
     LANES: tl.constexpr,
@@ -277,8 +293,8 @@ def sparsify_kernel(
 ):
     """One tile: produce, select, finish, store.
 
-    The producer is "none", a name in `NORMS` or the activation of a GLU. The epilogue is "none", "l2" or "mask"; it
-    sees all survivors of a token, as a quantization would want to. COMPACT also stores them side by side, with their
+    The producer is "none", a name in `NORMS` or the activation of a GLU. QUANTIZE rounds survivors to int8 levels. The
+    epilogue is "none", "l2" or "mask". Both see all survivors of a token. COMPACT also stores them side by side, with their
     indices; it wants tiles of whole tokens, and y is then what they were taken from. DEPENDENT: see `launch_options`.
     """
     if DEPENDENT:
@@ -354,14 +370,20 @@ def sparsify_kernel(
     kept, before = _select(planes, valid, keep, MANTISSA, C, BITS)
     kept = tl.reshape(tl.sum(kept.to(tl.int32, bitcast=True), axis=2), [W]).to(tl.uint32, bitcast=True)
 
-    if EPILOGUE == "l2" or (EPILOGUE == "none" and not COMPACT):
+    FINISH: tl.constexpr = EPILOGUE == "l2" or QUANTIZE
+    if FINISH or (EPILOGUE == "none" and not COMPACT):
         values = _survivors(matrix, kept, DTYPE, C)
-    if EPILOGUE == "l2":
-        largest = tl.zeros([W], tl.float32)
+    if FINISH:
+        largest = tl.zeros([W], tl.int32)  # as bits, of which NaN's are the largest
         for j in tl.static_range(32 // C):
-            largest = tl.maximum(largest, tl.max(tl.abs(values[j].to(tl.float32)), axis=1))
+            bits = values[j].to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            largest = tl.maximum(largest, tl.max(bits, axis=1))
+        largest = _token_max(largest, TOKENS)
+    if QUANTIZE:
+        values = _quantize(values, largest.to(tl.float32, bitcast=True), DTYPE)
+    if EPILOGUE == "l2":
         # With a power of two that brings the largest near 1, no square over- or underflows.
-        exponent = (_token_max(largest, TOKENS).to(tl.int32, bitcast=True) >> 23) & 0xFF
+        exponent = largest >> 23
         scale = (tl.minimum(tl.maximum(254 - exponent, 1), 253) << 23).to(tl.float32, bitcast=True)
         squares = tl.zeros([W], tl.float32)
         for j in tl.static_range(32 // C):
@@ -379,7 +401,7 @@ def sparsify_kernel(
             value = (values[j].to(tl.float32) * scale[:, None] * inverse[:, None]).to(DTYPE)
         else:
             value = values[j]
-        if PRODUCER != "none" or EPILOGUE != "none" or not COMPACT:
+        if PRODUCER != "none" or FINISH or not COMPACT:
             tl.store(y_ptr + start[:, None] + columns[j], value, mask=masks[j])
     if COMPACT:
         # Written by the thread that has them, neighbours in the list would be threads apart. A feature each, they want
@@ -388,7 +410,7 @@ def sparsify_kernel(
         words_ptr += tl.program_id(0).to(tl.int64) * W
         tl.store(words_ptr + word, kept.to(tl.int64) | (before.to(tl.int64) << 32))
         tl.debug_barrier()
-        if PRODUCER == "none" and EPILOGUE == "none":
+        if PRODUCER == "none" and not FINISH:
             y_ptr = x_ptr
         # The compiler would give a thread several neighbours if it saw that they are (^ 0), but it may see the range.
         lane = (tl.arange(0, LANES) ^ tl.program_id(1)) & (LANES - 1)
@@ -589,6 +611,7 @@ def launch_sparsify(
     keep: int,
     block_size: int | None,
     producer: str,
+    quantize: bool,
     epilogue: str,
     eps: float = 0.0,
     survivors: tuple[Tensor, Tensor] | None = None,
@@ -605,7 +628,7 @@ def launch_sparsify(
     if x.numel() == 0:
         return rstd, norm
     value = x if epilogue == "mask" else y
-    whole_tokens = norms or epilogue == "l2" or compact
+    whole_tokens = norms or quantize or epilogue == "l2" or compact
     tile = SparsifyTile.of(features, block_size, whole_tokens, 8 * value.element_size(), compact)
     tokens = x.numel() // tile.features
     registers = tile.registers(producer)
@@ -637,6 +660,7 @@ def launch_sparsify(
             WORDS=tile.words,
             BITS=tile.bits_per_count,
             PRODUCER=producer,
+            QUANTIZE=quantize,
             EPILOGUE=epilogue,
             COMPACT=compact,
             LANES=32 * tile.warps,

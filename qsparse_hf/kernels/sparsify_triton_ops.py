@@ -20,10 +20,10 @@ from .sparsify_triton import (
 
 
 @torch.library.custom_op("qsparse::topk", mutates_args=())
-def _topk(x: Tensor, keep: int, block_size: int | None, rescale: bool) -> tuple[Tensor, Tensor]:
+def _topk(x: Tensor, keep: int, block_size: int | None, quantize: bool, rescale: bool) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     y = torch.empty_like(x)
-    _, norm = launch_sparsify(x, None, y, keep, block_size, "none", "l2" if rescale else "none")
+    _, norm = launch_sparsify(x, None, y, keep, block_size, "none", quantize, "l2" if rescale else "none")
     return y, norm
 
 
@@ -31,18 +31,18 @@ def _topk(x: Tensor, keep: int, block_size: int | None, rescale: bool) -> tuple[
 def _topk_mask(x: Tensor, keep: int, block_size: int | None) -> Tensor:
     x = x.contiguous()
     mask = torch.empty_like(x, dtype=torch.bool)
-    launch_sparsify(x, None, mask, keep, block_size, "none", "mask")
+    launch_sparsify(x, None, mask, keep, block_size, "none", False, "mask")
     return mask
 
 
 @torch.library.custom_op("qsparse::rms_norm_topk", mutates_args=())
 def _rms_norm_topk(
-    x: Tensor, weight: Tensor, eps: float, unit_offset: bool, keep: int, block_size: int | None, rescale: bool
+    x: Tensor, weight: Tensor, eps: float, unit_offset: bool, keep: int, block_size: int | None, quantize: bool, rescale: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
     y = torch.empty_like(x, dtype=_dtype_of(NORMS[unit_offset], x, weight))
     rstd, norm = launch_sparsify(
-        x, weight.contiguous(), y, keep, block_size, NORMS[unit_offset], "l2" if rescale else "none", eps
+        x, weight.contiguous(), y, keep, block_size, NORMS[unit_offset], quantize, "l2" if rescale else "none", eps
     )
     return y, rstd, norm
 
@@ -54,24 +54,24 @@ def _dtype_of(producer: str, x: Tensor, other: Tensor | None) -> torch.dtype:
 
 @torch.library.custom_op("qsparse::glu_topk", mutates_args=())
 def _glu_topk(
-    gate: Tensor, up: Tensor, activation: str, keep: int, block_size: int | None, rescale: bool
+    gate: Tensor, up: Tensor, activation: str, keep: int, block_size: int | None, quantize: bool, rescale: bool
 ) -> tuple[Tensor, Tensor]:
     gate = gate.contiguous()
     y = torch.empty_like(gate)
-    _, norm = launch_sparsify(gate, up.contiguous(), y, keep, block_size, activation, "l2" if rescale else "none")
+    _, norm = launch_sparsify(gate, up.contiguous(), y, keep, block_size, activation, quantize, "l2" if rescale else "none")
     return y, norm
 
 
 @torch.library.custom_op("qsparse::survivors", mutates_args=())
 def _survivors(
-    x: Tensor, other: Tensor | None, producer: str, eps: float, keep: int, block_size: int | None, rescale: bool
+    x: Tensor, other: Tensor | None, producer: str, eps: float, keep: int, block_size: int | None, quantize: bool, rescale: bool
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     dtype = _dtype_of(producer, x, other)
     y = torch.empty_like(x, dtype=dtype)
     survivors = new_lists(x, _lists_shape(x, keep, block_size), dtype)
     other = None if other is None else other.contiguous()
-    launch_sparsify(x, other, y, keep, block_size, producer, "l2" if rescale else "none", eps, survivors)
+    launch_sparsify(x, other, y, keep, block_size, producer, quantize, "l2" if rescale else "none", eps, survivors)
     return survivors
 
 
@@ -135,7 +135,7 @@ def _row_values(x: Tensor, wanted: bool) -> Tensor:
 
 
 @_topk.register_fake
-def _(x, keep, block_size, rescale):
+def _(x, keep, block_size, quantize, rescale):
     return torch.empty_like(x, memory_format=torch.contiguous_format), _row_values(x, rescale)
 
 
@@ -145,19 +145,19 @@ def _(x, keep, block_size):
 
 
 @_rms_norm_topk.register_fake
-def _(x, weight, eps, unit_offset, keep, block_size, rescale):
+def _(x, weight, eps, unit_offset, keep, block_size, quantize, rescale):
     dtype = _dtype_of(NORMS[unit_offset], x, weight)
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     return y, _row_values(x, True), _row_values(x, rescale)
 
 
 @_glu_topk.register_fake
-def _(gate, up, activation, keep, block_size, rescale):
+def _(gate, up, activation, keep, block_size, quantize, rescale):
     return torch.empty_like(gate, memory_format=torch.contiguous_format), _row_values(gate, rescale)
 
 
 @_survivors.register_fake
-def _(x, other, producer, eps, keep, block_size, rescale):
+def _(x, other, producer, eps, keep, block_size, quantize, rescale):
     return new_lists(x, _lists_shape(x, keep, block_size), _dtype_of(producer, x, other))
 
 
@@ -189,7 +189,7 @@ def _save_topk(ctx, inputs, output):
 
 
 def _topk_backward(ctx, grad, _):
-    return _rescale_backward(grad, *ctx.saved_tensors) if ctx.rescale else grad, None, None, None
+    return _rescale_backward(grad, *ctx.saved_tensors) if ctx.rescale else grad, None, None, None, None
 
 
 def _save_rms_norm_topk(ctx, inputs, output):
@@ -202,7 +202,7 @@ def _rms_norm_topk_backward(ctx, grad, *_):
     x, weight, rstd, *rescaled = ctx.saved_tensors
     if ctx.rescale:
         grad = _rescale_backward(grad, *rescaled)
-    return *_rms_norm_backward(grad, x, weight, rstd, ctx.unit_offset), None, None, None, None, None
+    return *_rms_norm_backward(grad, x, weight, rstd, ctx.unit_offset), *6 * [None]
 
 
 def _save_glu_topk(ctx, inputs, output):
@@ -214,7 +214,7 @@ def _glu_topk_backward(ctx, grad, _):
     gate, up, *rescaled = ctx.saved_tensors
     if ctx.rescale:
         grad = _rescale_backward(grad, *rescaled)
-    return *_glu_backward(grad, gate, up, ctx.activation), None, None, None, None
+    return *_glu_backward(grad, gate, up, ctx.activation), *5 * [None]
 
 
 _topk.register_autograd(_topk_backward, setup_context=_save_topk)
@@ -284,6 +284,7 @@ def _is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
-def _unpacked(x: Tensor, selection: Selection) -> tuple[int, int | None, bool]:
-    """A selection from `x [..., D]` as the custom operators take it: K of a block, M, whether to rescale."""
-    return selection.kept_of_block(x.shape[-1]), selection.block_size, selection.rescale == "l2"
+def _unpacked(x: Tensor, selection: Selection) -> tuple[int, int | None, bool, bool]:
+    """A selection from `x [..., D]` as the custom operators take it: K of a block, M, whether to round and rescale."""
+    rounds, rescales = selection.quantization == "int8", selection.rescale == "l2"
+    return selection.kept_of_block(x.shape[-1]), selection.block_size, rounds, rescales

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict, validated_field
 from transformers import (
+    BitNetConfig,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -16,7 +17,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from .sparsity import Selection, check_block_size, check_rescale, check_sparsity
+from .bitnet import WEIGHT_QUANTIZATIONS
+from .sparsity import QUANTIZATIONS, RESCALES, Selection, check_block_size, check_choice, check_sparsity
 
 if TYPE_CHECKING:
 
@@ -59,6 +61,12 @@ _PHI3_GROUPS = _LLAMA_GROUPS | {
 _GEMMA3_GROUPS = _LLAMA_GROUPS | {
     "gate_up": _LLAMA_GROUPS["gate_up"]._replace(selector="pre_feedforward_layernorm"),
 }
+_BITNET_GROUPS = {
+    "qkv": _LLAMA_GROUPS["qkv"],
+    "o": _LLAMA_GROUPS["o"]._replace(selector="self_attn.attn_sub_norm"),
+    "gate_up": _LLAMA_GROUPS["gate_up"],
+    "down": _LLAMA_GROUPS["down"]._replace(selector="mlp.ffn_sub_norm"),
+}
 
 
 def _tensor_parallel_plan(groups: dict[str, ProjectionGroup]) -> dict[str, str]:
@@ -66,6 +74,33 @@ def _tensor_parallel_plan(groups: dict[str, ProjectionGroup]) -> dict[str, str]:
     what a single device would. Llama's own `rowwise` o_proj and down_proj would rank their shard alone.
     """
     return {f"layers.*.{linear}": "colwise_gather_output" for group in groups.values() for linear in group.linears}
+
+
+PACKED_AS = ("bitlinear", "autobitlinear")
+"""Transformers' BitNet layers by the names that a `quantization_config` has for them."""
+
+
+def _is_bitnet(quantization: Any) -> bool:
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "bitnet"
+
+
+def _packed_as(quantization: dict[str, Any]) -> str | None:
+    """What a `quantization_config` of the method `bitnet` says of the weights: how they are packed, None if not."""
+    known = {"quant_method", "linear_class", "quantization_mode", "modules_to_not_convert", "use_rms_norm"}
+    if unknown := sorted(set(quantization) - known - {"rms_norm_eps"}):
+        raise ValueError(f"quantization_config has the unknown field {unknown[0]!r}")
+    if quantization.get("use_rms_norm"):
+        raise ValueError("quantization_config.use_rms_norm must be False: these projections have no norm of their own")
+    linear_class = quantization.get("linear_class", PACKED_AS[0])
+    check_choice(linear_class, PACKED_AS, "quantization_config.linear_class")
+    mode = quantization.get("quantization_mode", "offline")
+    check_choice(mode, ("offline", "online"), "quantization_config.quantization_mode")
+    return None if mode == "online" and linear_class == "autobitlinear" else linear_class
+
+
+def _choice(name: str, allowed: tuple[str, ...]) -> Any:
+    """A field that holds one of the words `allowed`, the first where nothing is said."""
+    return validated_field(lambda value: check_choice(value, allowed, name), default=allowed[0])
 
 
 @dataclass(kw_only=True, repr=False)
@@ -80,6 +115,9 @@ class QSparseConfigMixin(_Config):
         sparsity_rescale: `"none"`, or `"l2"` to divide what survived by its L2 norm (not for converted models, whose
             weights expect the input's own scale).
         sparsity_ste: train with the straight-through estimator (eq. 13); False is the paper's ablation (eq. 12).
+        weight_quantization: `"ternary"` for projections that compute with weights -1, 0 and 1 times one scale each
+            (eq. 8-10); what is trained and saved has full precision.
+        activation_quantization: `"int8"` to round every projection's input to 255 levels a token (eq. 4-7).
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: a value outside these; the message names the field, the value
@@ -91,15 +129,34 @@ class QSparseConfigMixin(_Config):
     sparsity: float | int = validated_field(lambda value: check_sparsity(value), default=0.5)
     sparsity_per_projection: dict | None = None
     sparsity_block_size: int | None = None
-    sparsity_rescale: str = validated_field(lambda value: check_rescale(value, "sparsity_rescale"), default="none")
+    sparsity_rescale: str = _choice("sparsity_rescale", RESCALES)
     sparsity_ste: bool = True
+    weight_quantization: str = _choice("weight_quantization", WEIGHT_QUANTIZATIONS)
+    activation_quantization: str = _choice("activation_quantization", QUANTIZATIONS)
 
     projection_groups: ClassVar[dict[str, ProjectionGroup]] = _LLAMA_GROUPS
     """Which selection feeds which linears of a decoder layer: the one place that says so."""
+    packed_as: ClassVar[str | None] = None
+    """The layer of Transformers' whose layout the checkpoint's packed weights have, one of `PACKED_AS`; None for plain
+    weights. In `config.json` it is a `quantization_config`, which makes others' tools read the weights; here it is
+    none, so that Transformers' quantizer leaves these models' own layers alone."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         _check_name(name)
+        if name == "quantization_config" and _is_bitnet(value):
+            name, value = "packed_as", _packed_as(value)
+            super().__setattr__("weight_quantization", "ternary")
         super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        described = super().to_dict()
+        if linear_class := described.pop("packed_as", None):
+            described["quantization_config"] = {
+                "quant_method": "bitnet",
+                "linear_class": linear_class,
+                "quantization_mode": "offline",
+            }
+        return described
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -145,7 +202,11 @@ class QSparseConfigMixin(_Config):
     def selection(self, group: str, layer: int) -> Selection:
         """What survives of the input of one projection group in one layer."""
         return Selection(
-            self.projection_sparsity(group, layer), self.sparsity_block_size, self.sparsity_rescale, self.sparsity_ste
+            self.projection_sparsity(group, layer),
+            self.sparsity_block_size,
+            self.sparsity_rescale,
+            self.sparsity_ste,
+            self.activation_quantization,
         )
 
 
@@ -202,3 +263,10 @@ class QSparseGemma3Config(QSparseConfigMixin, Gemma3TextConfig):
     def validate_use_bidirectional_attention(self) -> None:
         if self.use_bidirectional_attention:
             raise ValueError("use_bidirectional_attention must be False: Q-Sparse models are causal, got True")
+
+
+@strict
+class QSparseBitNetConfig(QSparseConfigMixin, BitNetConfig):
+    model_type = "qsparse_bitnet"
+    projection_groups = _BITNET_GROUPS
+    base_model_tp_plan = _tensor_parallel_plan(_BITNET_GROUPS)

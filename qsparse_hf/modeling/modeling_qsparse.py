@@ -12,7 +12,7 @@ B batch, T tokens, D hidden size, H heads, d head size.
 import os
 from collections.abc import Callable
 from inspect import signature
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils import logging
 
+from .bitnet import PackedLinear, TernaryLinear
 from .configuration_qsparse import QSparseConfigMixin
 from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify, Survivors
 
@@ -158,8 +159,12 @@ class QSparseMLP(Block):
         """That of the gate."""
         return self.act_fn
 
+    def hidden(self, x: Tensor | Survivors) -> Tensor | Survivors:
+        """What down reads."""
+        return self.down_sparsify(*self.read(x), self.activation())
+
     def forward(self, x: Tensor | Survivors) -> Tensor:  # [B, T, D], sparse
-        return self.down_proj(self.down_sparsify(*self.read(x), self.activation()))
+        return self.down_proj(self.hidden(x))
 
 
 class Preparation(NamedTuple):
@@ -172,6 +177,7 @@ class Preparation(NamedTuple):
 class QSparsePreTrainedModel(PreTrainedModel):
     """What a family's base model and its causal LM both have; mixed in before the dense class."""
 
+    _keep_in_fp32_modules_strict = {"weight_scale"}
     preparation: ClassVar[Preparation | None] = None
     """Set by the package when it is imported."""
     is_prepared = False
@@ -187,6 +193,17 @@ class QSparsePreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, Sparsify):
                 module.scale(factor)
+
+    def scale_quantization(self, strength: float) -> None:
+        """Quantize weights by that share: 0 leaves them as they are, 1 is as configured. The config stays as it is.
+
+        For a ramp in training (see `bitnet.quantize_weight`). Packed weights are ternary and stay so.
+        """
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength must be between 0 and 1, got {strength!r}")
+        for module in self.modules():
+            if isinstance(module, TernaryLinear):
+                module.strength = strength
 
     def prepare_for_decode(self) -> Self:
         """Make `generate` fast: decoding then reads the weights of the surviving features alone.
@@ -251,12 +268,33 @@ class QSparseModel(QSparsePreTrainedModel):
         for index, layer in enumerate(self.layers):
             layer.self_attn.__class__ = self.attention_class
             layer.mlp.__class__ = self.mlp_class
-            layer.self_attn.o_sparsify = Sparsify(config.selection("o", index))
-            layer.mlp.down_sparsify = GLUSparsify(config.selection("down", index))
-            for group in ("qkv", "gate_up"):  # a norm that feeds nothing but these projections may as well select
-                norm = layer.get_submodule(config.projection_groups[group].selector)
-                norm.__class__ = self.norm_class
-                norm.configure(config.selection(group, index))
+            norms = dict(layer.named_modules())
+            for group, (selector, _) in config.projection_groups.items():
+                selection = config.selection(group, index)
+                if norm := norms.get(selector):  # it feeds nothing but these projections, so it may as well select
+                    norm.__class__ = self.norm_class
+                    norm.configure(selection)
+                else:
+                    layer.set_submodule(selector, (GLUSparsify if group == "down" else Sparsify)(selection))
+            if config.weight_quantization == "ternary":
+                _quantize(layer, config)
+
+
+def _quantize(layer: nn.Module, config: QSparseConfigMixin) -> None:
+    """Give the projections of a decoder layer ternary weights, packed ones where the checkpoint has such."""
+    if config._attn_implementation == "vllm":
+        raise ValueError(
+            "vLLM puts layers of its own in the place of projections, and would take the weights for what they are not: "
+            "give it a checkpoint whose weights are quantized already, `qsparse convert --weights plain`"
+        )
+    for group in config.projection_groups.values():
+        for path in group.linears:
+            linear = cast("nn.Linear", layer.get_submodule(path))
+            if config.packed_as is None:
+                linear.__class__ = TernaryLinear
+                continue
+            sizes = linear.in_features, linear.out_features, linear.bias is not None
+            layer.set_submodule(path, PackedLinear(*sizes, divides=config.packed_as == "bitlinear"))
 
 
 class QSparseForCausalLM(QSparsePreTrainedModel, GenerationMixin):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, ReLUSquaredActivation, SiLUActivation
 
 from .backend import choose
+from .bitnet import quantize_activations
 from .sparsity import Selection
 
 # Floats of one width order like the integers with the same bits once the sign is dropped: that integer type, and the
@@ -130,6 +131,13 @@ def divide_by_l2_norm(x: Tensor) -> Tensor:
     return torch.where(known, scaled / torch.where(known, norm, 1), wide).to(x.dtype)
 
 
+def finish(x: Tensor, selection: Selection) -> Tensor:
+    """What a selection does to those that survived: rounding, then the rescale."""
+    if selection.quantization == "int8":
+        x = quantize_activations(x)
+    return divide_by_l2_norm(x) if selection.rescale == "l2" else x
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
     """Root-mean-square normalisation over the last dimension, rounded where Transformers' Llama rounds.
 
@@ -157,7 +165,7 @@ class SparsifyImplementation(Protocol):
         """Which features survive, bool."""
 
     def topk(self, x: Tensor, selection: Selection) -> Tensor:
-        """`x` where it survives, rescaled where the selection says so."""
+        """`x` where it survives, rounded and rescaled where the selection says so."""
 
     def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool, selection: Selection) -> Tensor:
         """The top-K of `rms_norm`."""
@@ -191,8 +199,7 @@ class TorchSparsify:
             return self.mask_blocks(blocks, selection.kept_of_block(x.shape[-1])).reshape(x.shape)
 
     def topk(self, x: Tensor, selection: Selection) -> Tensor:
-        y = _StraightThrough.apply(x, self.mask(x, selection))
-        return divide_by_l2_norm(y) if selection.rescale == "l2" else y
+        return finish(_StraightThrough.apply(x, self.mask(x, selection)), selection)
 
     def rms_norm_topk(self, x: Tensor, weight: Tensor, eps: float, unit_offset: bool, selection: Selection) -> Tensor:
         return self.topk(rms_norm(x, weight, eps, unit_offset), selection)
@@ -204,7 +211,7 @@ class TorchSparsify:
         x = FORMS[form](*inputs)
         indices = self.mask(x, selection).nonzero()[:, -1].view(*x.shape[:-1], selection.kept(x.shape[-1]))
         values = x.gather(-1, indices)
-        return divide_by_l2_norm(values) if selection.rescale == "l2" else values, indices.int()
+        return finish(values, selection), indices.int()
 
 
 FORMS: dict[str, Callable[..., Tensor]] = {"topk": lambda x: x, "rms_norm_topk": rms_norm, "glu_topk": gated}
@@ -238,7 +245,8 @@ def select(
     if not compact:
         implementation = choose(IMPLS, tensors, backend)
         if selection.sparsity == 0:
-            return FORMS[form](*inputs)
+            x = FORMS[form](*inputs)
+            return quantize_activations(x) if selection.quantization == "int8" else x
     if selection.block_size == 1:  # all survive
         selection = replace(selection, sparsity=0, block_size=None)
     if implementation is None:
@@ -247,8 +255,7 @@ def select(
     if selection.ste:
         return getattr(implementation, form)(*inputs, selection)
     x = FORMS[form](*inputs)
-    y = torch.where(implementation.mask(x, selection), x, 0)
-    return divide_by_l2_norm(y) if selection.rescale == "l2" else y
+    return finish(torch.where(implementation.mask(x, selection), x, 0), selection)
 
 
 def topk_sparsify(
@@ -259,27 +266,30 @@ def topk_sparsify(
     ste: bool = True,
     backend: str | None = None,
     compact: bool = False,
+    quantization: str = "none",
 ) -> Tensor | Survivors:
     """Keep the `K` largest magnitudes of each token and zero the others (eq. 2-3).
 
     Args:
         x: activations `[..., D]`; fp32, bf16, fp16 or fp64; any leading shape, any strides.
-        sparsity: fraction of zeros, 0 <= sparsity < 1. At 0 the operator is off and `x` itself is returned.
+        sparsity: fraction of zeros, 0 <= sparsity < 1. At 0 nothing is selected or rescaled.
         block_size: None, or `M`: the top-K is taken inside each `M` consecutive features (Block Q-Sparse, N:M).
         rescale: `"l2"` divides each token by the L2 norm of what survived; its gradient is exact.
         ste: the mask is the identity in the backward pass (eq. 13). False masks the gradient too (eq. 12).
         backend: None for the first in `IMPLS` (or `SURVIVORS`) that takes `x`, or a name there.
         compact: return the survivors alone, for `sparse_linear`; without a gradient, and at sparsity 0 all features.
+        quantization: `"int8"` rounds what survived to 255 levels of each token, `max|x| / 127` apart, before the
+            rescale (eq. 4-7); the gradient passes as it is. At sparsity 0 too.
 
     Returns:
-        A tensor of `x`'s shape and dtype (`x` itself at sparsity 0), or `Survivors`.
+        A tensor of `x`'s shape and dtype (`x` itself at sparsity 0 without rounding), or `Survivors`.
 
     Raises:
         ValueError: an argument outside these ranges, `x` without a feature dimension, a named backend that cannot run.
         TypeError: `x` is not of one of these dtypes.
     """
     _check_floats(x, "x")
-    return select("topk", (x,), Selection(sparsity, block_size, rescale, ste), backend, compact)
+    return select("topk", (x,), Selection(sparsity, block_size, rescale, ste, quantization), backend, compact)
 
 
 def rms_norm_sparsify(
@@ -293,6 +303,7 @@ def rms_norm_sparsify(
     backend: str | None = None,
     compact: bool = False,
     unit_offset: bool = False,
+    quantization: str = "none",
 ) -> Tensor | Survivors:
     """`topk_sparsify` of the root-mean-square norm of `x`: `x / sqrt(mean(x^2) + eps) * weight`, computed in fp32.
 
@@ -319,7 +330,7 @@ def rms_norm_sparsify(
         )
     if not isinstance(eps, int | float) or not eps >= 0:
         raise ValueError(f"eps must be a number >= 0, got {eps!r}")
-    selection = Selection(sparsity, block_size, rescale, ste)
+    selection = Selection(sparsity, block_size, rescale, ste, quantization)
     return select("rms_norm_topk", (x, weight, eps, unit_offset), selection, backend, compact)
 
 
@@ -333,6 +344,7 @@ def glu_sparsify(
     ste: bool = True,
     backend: str | None = None,
     compact: bool = False,
+    quantization: str = "none",
 ) -> Tensor | Survivors:
     """`topk_sparsify` of `activation(gate) * up` (eq. 11 with `"relu2"`), both `[..., D]` of one dtype.
 
@@ -357,7 +369,7 @@ def glu_sparsify(
             f"gate and up must be alike, got {gate.dtype} {tuple(gate.shape)} on {gate.device} "
             f"and {up.dtype} {tuple(up.shape)} on {up.device}"
         )
-    selection = Selection(sparsity, block_size, rescale, ste)
+    selection = Selection(sparsity, block_size, rescale, ste, quantization)
     return select("glu_topk", (gate, up, activation), selection, backend, compact)
 
 
@@ -392,8 +404,9 @@ class Sparsify(nn.Module):
         return self.select("topk", x)
 
     def extra_repr(self) -> str:
-        sparsity, block_size, rescale, ste = vars(self.selection).values()
-        return f"sparsity={sparsity:g}, block_size={block_size}, rescale={rescale!r}, ste={ste}"
+        sparsity, block_size, rescale, ste, quantization = vars(self.selection).values()
+        fields = f"sparsity={sparsity:g}, block_size={block_size}, rescale={rescale!r}, ste={ste}"
+        return f"{fields}, quantization={quantization!r}"
 
 
 class RMSNormSparsify(Sparsify):

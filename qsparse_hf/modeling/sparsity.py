@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A selection: what a sparsity, a block size and a rescale may be, and how many features they keep."""
+"""A selection: what a sparsity, a block size, a rescale and a rounding may be, and how many features they keep."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 RESCALES = ("none", "l2")
+QUANTIZATIONS = ("none", "int8")
 
 
 def kept_features(features: int, sparsity: float) -> int:
@@ -18,10 +20,10 @@ def check_sparsity(value: object, name: str = "sparsity") -> None:
         raise ValueError(f"{name} must be a number with 0 <= {name} < 1 (the fraction of zeros), got {value!r}")
 
 
-def check_rescale(value: object, name: str = "rescale") -> None:
-    """Raise a ValueError that begins with `name` unless `value` names a rescale."""
-    if not isinstance(value, str) or value not in RESCALES:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, RESCALES))}, got {value!r}")
+def check_choice(value: object, allowed: Sequence[str], name: str) -> None:
+    """Raise a ValueError that begins with `name` unless `value` is one of the words `allowed`."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def check_block_size(value: object, features: int, name: str = "block_size", features_name: str = "features") -> None:
@@ -43,17 +45,20 @@ class Selection:
         block_size: None for a top-K over all features, `M` for one inside every `M` of them (Block Q-Sparse, N:M).
         rescale: `"l2"` divides what survived by its L2 norm.
         ste: the mask is the identity in the backward pass (eq. 13); False masks the gradient too (eq. 12).
+        quantization: `"int8"` rounds what survived to 255 levels of each token (eq. 4-7), before the rescale.
     """
 
     sparsity: float
     block_size: int | None = None
     rescale: str = "none"
     ste: bool = True
+    quantization: str = "none"
 
     def check(self, features: int) -> None:
         """Raise a ValueError that names the value unless this selects from tokens of that many features."""
         check_sparsity(self.sparsity)
-        check_rescale(self.rescale)
+        check_choice(self.rescale, RESCALES, "rescale")
+        check_choice(self.quantization, QUANTIZATIONS, "quantization")
         check_block_size(self.block_size, features)
 
     def scaled(self, factor: float) -> "Selection":

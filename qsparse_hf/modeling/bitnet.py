@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BitNet b1.58: ternary weights and int8 activations, trained through with straight-through estimators (eq. 4-10).
+
+Quantized values are kept as floats, `code * scale`, so that every product stays PyTorch's. Packed, a weight takes two
+bits, in Transformers' BitNet layout: four rows of a matrix share a byte.
+
+Shapes: D features in, N features out.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WEIGHT_QUANTIZATIONS = ("none", "ternary")
+
+LEAST_SCALE = 1e-5
+"""Below which no mean or largest magnitude counts: what Transformers, and the authors of BitNet, have for an epsilon."""
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _RoundActivations(torch.autograd.Function):
+    """`round(127 x / gamma)` clipped to int8, times `gamma / 127`, whose gradient is that of the identity."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        wide = _wide(x)
+        largest = wide.abs().amax(dim=-1, keepdim=True).clamp_min(LEAST_SCALE)
+        return ((wide * (127 / largest)).round().clamp(-128, 127) * (largest / 127)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+def quantize_activations(x: Tensor) -> Tensor:
+    """`x [..., D]` rounded to 255 levels of each token, `gamma / 127` apart, with `gamma = max|x|` (eq. 6-7).
+
+    Computed in at least fp32 and rounded to `x`'s dtype. Zeros stay zeros, so it may follow a selection, which keeps a
+    token's largest entry. The gradient is that of the identity.
+    """
+    return _RoundActivations.apply(x)
+
+
+def ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes -1, 0 and 1 of a weight of any shape, in at least fp32, and their scale `alpha = mean|W|` (eq. 8-10)."""
+    wide = _wide(weight.detach())
+    scale = wide.abs().mean().clamp_min(LEAST_SCALE)
+    return (wide / scale).round().clamp(-1, 1), scale
+
+
+class _Ternarize(torch.autograd.Function):
+    """The weight on its way to `code * alpha`, whose gradient is that of the identity."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, strength: float) -> Tensor:
+        codes, scale = ternary(weight)
+        quantized = codes * scale
+        return (quantized if strength == 1 else torch.lerp(_wide(weight), quantized, strength)).to(weight.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def quantize_weight(weight: Tensor, strength: float = 1.0) -> Tensor:
+    """The weight as codes -1, 0, 1 times their scale, of the same shape and dtype; a gradient passes as it is.
+
+    Args:
+        weight: of any shape; one scale for all of it.
+        strength: 1 for ternary weights, 0 for the weight itself, between them on the line between both.
+    """
+    return _Ternarize.apply(weight, strength)
+
+
+CODES_IN_A_BYTE = 4
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes -1, 0, 1 `[N, D]` as uint8 `[N / 4, D]`: bits 2i and 2i + 1 of `[r, c]` hold `codes[i N / 4 + r, c] + 1`.
+
+    Raises:
+        ValueError: N is no multiple of four.
+    """
+    rows = codes.shape[0]
+    if rows % CODES_IN_A_BYTE:
+        raise ValueError(f"four rows share a byte, so their number must be a multiple of four, got {rows}")
+    quarters = (codes + 1).to(torch.uint8).unflatten(0, (CODES_IN_A_BYTE, -1))
+    return quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
+
+
+def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """The codes `[N, D]` that `pack` was given, of a floating dtype."""
+    return torch.cat([(packed >> 2 * i & 3).to(dtype) - 1 for i in range(CODES_IN_A_BYTE)])
+
+
+class PackedLinear(nn.Module):
+    """A linear with a packed ternary weight, which it unpacks in every product. It is not trained.
+
+    State dicts hold what Transformers' BitNet layers do: `weight` uint8 `[N / 4, D]`, `weight_scale [1]`, `bias [N]`.
+
+    Args:
+        in_features: D.
+        out_features: N, a multiple of four.
+        bias: whether there is one.
+        divides: `weight_scale` holds `1 / alpha`, as for Transformers' `bitlinear`, and not `alpha`, as for its
+            `autobitlinear`.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, divides: bool) -> None:
+        super().__init__()
+        if out_features % CODES_IN_A_BYTE:
+            raise ValueError(
+                f"packed weights need a number of output features that is a multiple of four, got {out_features}"
+            )
+        self.in_features, self.out_features, self.divides = in_features, out_features, divides
+        self.register_buffer("weight", torch.zeros(out_features // CODES_IN_A_BYTE, in_features, dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.ones(1, dtype=torch.float32))
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+
+    def scale(self) -> Tensor:
+        """`alpha`, fp32 `[1]`."""
+        scale = self.weight_scale.float()
+        return 1 / scale if self.divides else scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.shape[0] * CODES_IN_A_BYTE != self.out_features:
+            raise ValueError("packed weights cannot be split among processes: tensor parallelism needs plain ones")
+        y = (F.linear(x, unpack(self.weight, x.dtype)) * self.scale()).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class TernaryLinear(nn.Linear):
+    """A linear whose weight is ternary in every product and keeps its full precision for training.
+
+    The class that a model's projections take on; it adds no parameter. `strength` is that of `quantize_weight`.
+    """
+
+    strength = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.shape[0] != self.out_features:
+            raise ValueError(
+                f"a ternary weight needs all of its {self.out_features} rows for its scale, and this process has "
+                f"{self.weight.shape[0]}: tensor parallelism needs weights that are quantized already"
+            )
+        return F.linear(x, quantize_weight(self.weight, self.strength), self.bias)
