@@ -89,7 +89,7 @@ FAMILIES = {
             "final_logit_softcapping": 30.0,
         },
     ),
-    "bitnet": (BitNetConfig, qsparse_hf.QSparseBitNetConfig, {}),
+    "bitnet": (BitNetConfig, qsparse_hf.QSparseBitNetConfig, {"hidden_act": "silu"}),  # without zeros of its own
 }
 
 
@@ -130,6 +130,8 @@ OPTIONS = {
         "rope_parameters": {"rope_type": "longrope", "partial_rotary_factor": 0.5, "short_factor": [1.0, 1.1, 1.2, 1.3]}
         | {"long_factor": [2.0, 2.5, 3.0, 3.5], "rope_theta": 1e4},
     },
+    "bitnet squared ReLU": {"hidden_act": "relu2"},
+    "bitnet attention_bias": {"attention_bias": True},
     "gemma3_text attention_bias": {"attention_bias": True},
     "gemma3_text uncapped": {"final_logit_softcapping": None, "tie_word_embeddings": False},
     "gemma3_text attention cap": {"attn_logit_softcapping": 5.0},  # Transformers ignores it

@@ -294,8 +294,9 @@ def sparsify_kernel(
     """One tile: produce, select, finish, store.
 
     The producer is "none", a name in `NORMS` or the activation of a GLU. QUANTIZE rounds survivors to int8 levels. The
-    epilogue is "none", "l2" or "mask". Both see all survivors of a token. COMPACT also stores them side by side, with their
-    indices; it wants tiles of whole tokens, and y is then what they were taken from. DEPENDENT: see `launch_options`.
+    epilogue is "none", "l2" or "mask". Both see all survivors of a token. COMPACT also stores them side by side, with
+    their indices; it wants tiles of whole tokens, and y is then what they were taken from. DEPENDENT: see
+    `launch_options`.
     """
     if DEPENDENT:
         gdc_wait()

@@ -37,7 +37,14 @@ def _topk_mask(x: Tensor, keep: int, block_size: int | None) -> Tensor:
 
 @torch.library.custom_op("qsparse::rms_norm_topk", mutates_args=())
 def _rms_norm_topk(
-    x: Tensor, weight: Tensor, eps: float, unit_offset: bool, keep: int, block_size: int | None, quantize: bool, rescale: bool
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    unit_offset: bool,
+    keep: int,
+    block_size: int | None,
+    quantize: bool,
+    rescale: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
     y = torch.empty_like(x, dtype=_dtype_of(NORMS[unit_offset], x, weight))
@@ -58,13 +65,22 @@ def _glu_topk(
 ) -> tuple[Tensor, Tensor]:
     gate = gate.contiguous()
     y = torch.empty_like(gate)
-    _, norm = launch_sparsify(gate, up.contiguous(), y, keep, block_size, activation, quantize, "l2" if rescale else "none")
+    _, norm = launch_sparsify(
+        gate, up.contiguous(), y, keep, block_size, activation, quantize, "l2" if rescale else "none"
+    )
     return y, norm
 
 
 @torch.library.custom_op("qsparse::survivors", mutates_args=())
 def _survivors(
-    x: Tensor, other: Tensor | None, producer: str, eps: float, keep: int, block_size: int | None, quantize: bool, rescale: bool
+    x: Tensor,
+    other: Tensor | None,
+    producer: str,
+    eps: float,
+    keep: int,
+    block_size: int | None,
+    quantize: bool,
+    rescale: bool,
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     dtype = _dtype_of(producer, x, other)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 WEIGHT_QUANTIZATIONS = ("none", "ternary")
 
 LEAST_SCALE = 1e-5
-"""Below which no mean or largest magnitude counts: what Transformers, and the authors of BitNet, have for an epsilon."""
+"""The least mean or largest magnitude that a scale is made of: the epsilon of Transformers and of BitNet's authors."""
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ class Preparation(NamedTuple):
 class QSparsePreTrainedModel(PreTrainedModel):
     """What a family's base model and its causal LM both have; mixed in before the dense class."""
 
-    _keep_in_fp32_modules_strict = {"weight_scale"}
+    _keep_in_fp32_modules_strict = {"weight_scale"}  # noqa: RUF012 (Transformers' own is no class variable)
     preparation: ClassVar[Preparation | None] = None
     """Set by the package when it is imported."""
     is_prepared = False
@@ -284,8 +284,8 @@ def _quantize(layer: nn.Module, config: QSparseConfigMixin) -> None:
     """Give the projections of a decoder layer ternary weights, packed ones where the checkpoint has such."""
     if config._attn_implementation == "vllm":
         raise ValueError(
-            "vLLM puts layers of its own in the place of projections, and would take the weights for what they are not: "
-            "give it a checkpoint whose weights are quantized already, `qsparse convert --weights plain`"
+            "vLLM puts layers of its own in the place of projections, which would not quantize their weights: give it "
+            "a checkpoint whose weights are quantized already, `qsparse convert --weights plain`"
         )
     for group in config.projection_groups.values():
         for path in group.linears:

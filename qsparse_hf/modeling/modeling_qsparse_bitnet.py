@@ -13,7 +13,7 @@ from .sparsify import RMSNormSparsify, Survivors
 
 
 class QSparseBitNetAttention(QSparseAttention, BitNetAttention):
-    attn_sub_norm: RMSNormSparsify
+    attn_sub_norm: RMSNormSparsify  # type: ignore[assignment]
 
     @property
     def o_sparsify(self) -> RMSNormSparsify:  # type: ignore[override]  # diff with Llama: a norm selects
@@ -21,7 +21,7 @@ class QSparseBitNetAttention(QSparseAttention, BitNetAttention):
 
 
 class QSparseBitNetMLP(QSparseMLP, BitNetMLP):
-    ffn_sub_norm: RMSNormSparsify
+    ffn_sub_norm: RMSNormSparsify  # type: ignore[assignment]
 
     def hidden(self, x: Tensor | Survivors) -> Tensor | Survivors:  # diff with Llama: a norm selects
         gate, up = self.read(x)
