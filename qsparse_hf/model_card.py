@@ -30,7 +30,7 @@ from .checkpoint import LICENCES
 from .errors import may_be_repository
 from .losses import eval_losses, text_of
 from .modeling.configuration_qsparse import GROUPS, QSparseConfigMixin
-from .report import projections
+from .report import count_weights, projections
 from .results import Results, result
 
 logger = logging.getLogger(__name__)
@@ -255,7 +255,7 @@ def render_card(
         activated=f"{activated:,}",
         weights=f"{total:,}",
         share=f"{activated / total:.1%}" if total else "all",
-        parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        parameters=f"{count_weights(model):,}",
         adapters=adapters,
         fields="".join(f", {key}={value!r}" for key, value in (run.settings.get("model_fields") or {}).items())
         if run
