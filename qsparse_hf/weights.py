@@ -88,7 +88,7 @@ class CodedTensor(StoredTensor):
         return codes * alpha
 
     def quantized(self) -> tuple[Tensor, Tensor]:
-        """The codes, fp32 `[N, D]`, and `alpha`, fp32 `[1]`.
+        """The codes, int8 `[N, D]`, and `alpha`, fp32 `[1]`.
 
         Raises:
             UserError: there are other codes, or the scale is no positive number.
@@ -97,11 +97,10 @@ class CodedTensor(StoredTensor):
         if self.stored.dtype == _PACKED_DTYPE:
             if holds_illegal_code(held):
                 raise UserError(f"{self.path}: {self.name} holds a code of bits 11; allowed are 00, 01 and 10")
-            return unpack(held, torch.float32), alpha
-        codes = held.float()
-        if not ((codes == 0) | (codes.abs() == 1)).all():
+            return unpack(held, torch.int8), alpha
+        if not ((held == 0) | (held.abs() == 1)).all():
             raise UserError(f"{self.path}: {self.name} has a scale, so it must hold -1, 0 and 1 alone")
-        return codes, alpha
+        return held.to(torch.int8), alpha
 
     def alpha(self) -> Tensor:
         """fp32 `[1]`.
@@ -223,10 +222,10 @@ class Rewritten:
         rounded = alpha.to(dtype)
         if rounded == 0 or rounded.isinf():
             raise UserError(f"{self.weight.path}: {self.weight.name} has the scale {alpha.item():g}, beyond {dtype}")
-        return codes.to(dtype) * rounded
+        return codes.to(dtype).mul_(rounded)
 
     def _quantized(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Codes, fp32 `[N, D]`, and `alpha`, fp32 of one element; None where the weight is written as it is."""
+        """Codes, int8 `[N, D]`, and `alpha`, fp32 of one element; None where the weight is written as it is."""
         if isinstance(self.weight, CodedTensor):
             return self.weight.quantized()
         if self.part == "ternary" and self.trained:
@@ -237,11 +236,11 @@ class Rewritten:
         if not largest.isfinite():
             raise UserError(f"{self.weight.path}: {self.weight.name} holds values that are not finite")
         if not self.trained and largest > 0 and ((magnitudes == largest) | (magnitudes == 0)).all():
-            return held.sign(), largest  # it is quantized already
+            return held.sign().to(torch.int8), largest  # it is quantized already
         if self.part == "ternary":
             return None, None
         codes, alpha = ternary(held)
-        return codes, 1 / (1 / alpha)  # what is left of it by its reciprocal, the scale of the packed form
+        return codes.to(torch.int8), 1 / (1 / alpha)  # what is left of it by its reciprocal, the scale of the packed form
 
 
 def rewritten(

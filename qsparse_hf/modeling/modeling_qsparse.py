@@ -64,6 +64,14 @@ def take_cache(past_key_values: Any, kwargs: dict[str, Any]) -> Any:
 class Block(nn.Module):
     """A part of a decoder layer with projections."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, TernaryLinear) and getattr(self._modules.get(name), "merged", False):  # an adapter's layer
+            raise ValueError(
+                f"adapters were merged into {name}, whose ternary weight would lose them when it is quantized: load "
+                "the model again, and make it plain first (qsparse_hf.weights.make_plain)"
+            )
+        super().__setattr__(name, value)
+
     def project(self, x: Tensor | Survivors, *linears: nn.Linear) -> tuple[Tensor, ...]:
         """What each linear makes of `x [B, T, D]`; what prepares a model for decoding overrides it."""
         return tuple(linear(x) for linear in linears)
