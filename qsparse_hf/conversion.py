@@ -98,13 +98,14 @@ class ConversionPlan:
     def __str__(self) -> str:
         files = len(self.shards.filename_to_tensors)
         share = self.activated_parameters / self.projection_parameters
+        form = "" if self.config.weight_quantization == "none" else f"{form_of(self.config)}, "
         bits = 8 * self.projection_size / self.projection_parameters
         return "\n".join(
             (
                 f"{self.output}: {self.config.model_type}, {_size(self.size)} in {files} file(s)",
                 f"  parameters            {self.parameters:>16,}",
                 f"  in the projections    {self.projection_parameters:>16,}  "
-                f"({form_of(self.config)}, {bits:.2f} bits each, {_size(self.projection_size)})",
+                f"({form}{bits:.2f} bits each, {_size(self.projection_size)})",
                 f"  activated by a token  {self.activated_parameters:>16,}  ({share:.1%})",
             )
         )

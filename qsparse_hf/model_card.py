@@ -252,6 +252,7 @@ def render_card(
         sparsity=[_shown(row) for row in rows] if sparse else None,
         measured=any(row["measured"] is not None for row in rows),
         block=getattr(config, "sparsity_block_size", None),
+        ternary=_ternary(config) if sparse else None,
         activated=f"{activated:,}",
         weights=f"{total:,}",
         share=f"{activated / total:.1%}" if total else "all",
@@ -270,6 +271,13 @@ def render_card(
         versions=_versions(adapters, run),
     )
     return _signed(str(card))
+
+
+def _ternary(config: QSparseConfigMixin) -> str | None:
+    """How ternary weights are stored; None where they are none, or cannot be told from others."""
+    if config.weight_quantization == "none":
+        return None
+    return "stored in full precision" if config.packed_as is None else "stored in two bits each"
 
 
 def _signed(card: str) -> str:

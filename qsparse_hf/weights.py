@@ -240,7 +240,9 @@ class Rewritten:
         if self.part == "ternary":
             return None, None
         codes, alpha = ternary(held)
-        return codes.to(torch.int8), 1 / (1 / alpha)  # what is left of it by its reciprocal, the scale of the packed form
+        return codes.to(torch.int8), 1 / (
+            1 / alpha
+        )  # what is left of it by its reciprocal, the scale of the packed form
 
 
 def rewritten(
