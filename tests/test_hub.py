@@ -192,7 +192,7 @@ def hub_files(hub: Hub, name: str, revision: str = "main") -> dict[str, bytes]:
 
 
 CODE = {"backend.py", "configuration_qsparse.py", "modeling_qsparse.py", "modeling_qsparse_llama.py"}
-CODE |= {"sparsify.py", "sparsity.py"}
+CODE |= {"bitnet.py", "sparsify.py", "sparsity.py"}
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
