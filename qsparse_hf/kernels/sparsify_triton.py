@@ -54,12 +54,12 @@ def _transpose_bits(words, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _join(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
+def join(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """COUNT tensors of a tuple, from FIRST on, joined along new axes: one a bit of their number, the lowest first."""
     if COUNT == 1:
         return parts[FIRST]
     else:
-        return tl.join(_join(parts, FIRST, COUNT // 2), _join(parts, FIRST + COUNT // 2, COUNT // 2))
+        return tl.join(join(parts, FIRST, COUNT // 2), join(parts, FIRST + COUNT // 2, COUNT // 2))
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _matrix(chunks):
         if C == 32:
             matrix = tl.reshape(chunks[0], [W, 16, 2])
         else:
-            matrix = tl.reshape(_join(chunks, 0, 4), [W, 4, 2, 2, 2])
+            matrix = tl.reshape(join(chunks, 0, 4), [W, 4, 2, 2, 2])
             matrix = tl.permute(matrix, 0, 4, 3, 1, 2)  # W, the chunk's bits, pair
         even, odd = tl.split(matrix.to(tl.uint16, bitcast=True))
         return tl.reshape(even.to(tl.uint32) | (odd.to(tl.uint32) << 16), [W, 16])
@@ -83,7 +83,7 @@ def _matrix(chunks):
         if C == 32:
             matrix = tl.permute(tl.reshape(chunks[0], [W, 16, 2]), 0, 2, 1)
         else:
-            matrix = tl.permute(tl.reshape(_join(chunks, 0, 8), [W, 2, 2, 2, 2, 2]), 0, 2, 5, 4, 3, 1)
+            matrix = tl.permute(tl.reshape(join(chunks, 0, 8), [W, 2, 2, 2, 2, 2]), 0, 2, 5, 4, 3, 1)
         return tl.reshape(matrix.to(tl.uint32, bitcast=True), [W, 32])
 
 
@@ -539,6 +539,16 @@ def is_padded(part: Tensor) -> bool:
     room = *part.shape[:-1], padded_length(part.shape[-1])
     whole = part.untyped_storage().nbytes() // part.element_size() - part.storage_offset() >= math.prod(room)
     return whole and part.stride() == torch.empty(room, device="meta").stride()
+
+
+def padded_lists(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Survivors' lists `[..., K]` with padded rows: the same where they have such, else copies."""
+    if is_padded(values) and is_padded(indices):
+        return values, indices
+    lists = new_lists(values, values.shape, values.dtype)
+    lists[0].copy_(values)
+    lists[1].copy_(indices)
+    return lists
 
 
 INTERPRETED = not isinstance(sparsify_kernel, triton.JITFunction)

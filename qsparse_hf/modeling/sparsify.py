@@ -59,8 +59,8 @@ class Survivors(NamedTuple):
     indices: Tensor
     """`[..., K]`, int32: which feature each was; in an order that depends on the implementation alone."""
     scale: Tensor | None = None
-    """`[..., 1]`, fp32, which the values are still to be multiplied by; None for 1. Rounded values are whole numbers,
-    which a product sums up exactly."""
+    """`[..., 1]`, at least fp32, which the values are still to be multiplied by; None for 1. Rounded values are whole
+    numbers, which a product sums up exactly."""
 
 
 class _Reinterpret(torch.autograd.Function):
@@ -149,7 +149,7 @@ def finish_list(values: Tensor, selection: Selection) -> tuple[Tensor, Tensor | 
     if selection.rescale == "l2":  # the step is part of the norm, too
         norm = torch.linalg.vector_norm(levels, dim=-1, keepdim=True)
         scale = torch.where(norm > 0, 1 / norm, scale)
-    return levels.to(values.dtype), scale.float()
+    return levels.to(values.dtype), scale
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
