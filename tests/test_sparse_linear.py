@@ -8,7 +8,7 @@ from conftest import assert_close, backends
 
 from qsparse_hf import topk_sparsify
 from qsparse_hf.decode.sparse_linear import sparse_linear
-from qsparse_hf.decode.weights import FloatWeights
+from qsparse_hf.decode.weights import FloatWeights, TernaryWeights
 from qsparse_hf.modeling.bitnet import pack, ternary
 from qsparse_hf.modeling.sparsify import SURVIVORS, Survivors
 
