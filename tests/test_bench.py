@@ -19,7 +19,7 @@ def test_a_table_of_models_and_one_of_products(tmp_path):
     run = run_qsparse("bench", "decode", *measured, *where)
     assert run.returncode == 0, run.stderr
     rows = [line for line in run.stdout.splitlines() if line.startswith(f"| {tmp_path}")]
-    assert len(rows) == 2 + 2 * 4  # sparsities; and four groups of each
+    assert len(rows) == 2 + 2 + 2 * 4  # sparsities; and four groups of each
     written = json.loads((tmp_path / "decode.json").read_text())
     assert written["machine"]["gpu"] is None
     assert written["machine"]["threads"] == 1
