@@ -35,8 +35,8 @@ def test_a_table_of_models_and_one_of_products(tmp_path):
     assert product["microseconds"].keys() == {"dense", "sparse", "selection"}
     assert product["share_of_copy"] == {"dense": None, "sparse": None}  # it would mislead on a CPU
     assert "share" not in run.stdout.rpartition("products of one token")[2]
-    # Four projections of 8192, 4096, 12288 and 6144 weights in two layers, the embedding as the head, in 4 bytes each.
-    assert generate["bytes_a_token"]["dense"] == 4 * (2 * (8192 + 4096 + 12288 + 6144) + 128 * 64)
+    # Four projections of 8192, 4096, 12288 and 6144 weights in two layers, the embedding as the head, in 2 bytes each.
+    assert generate["bytes_a_token"]["dense"] == 2 * (2 * (8192 + 4096 + 12288 + 6144) + 128 * 64)
 
 
 def test_a_sparse_config_is_taken_too(tmp_path, capsys, monkeypatch):
