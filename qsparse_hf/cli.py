@@ -322,7 +322,7 @@ def build_parser() -> argparse.ArgumentParser:
         bench,
         "Measure how fast models of random weights decode, dense and sparse, and each of their products.",
         "qsparse bench decode --models llama-2-7b --sparsities 0.5 0.75 --output decode.json\n"
-        "  qsparse bench decode --device cpu --models 1b --threads 2",
+        "  qsparse bench decode --device cpu --models 1b --weights ternary --threads 2",
     )
     p.add_argument("what", choices=["decode"], help="what to measure")
     p.add_argument(
@@ -330,15 +330,22 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["llama-2-7b"],
         metavar="MODEL",
-        help="llama-2-7b, llama-3-8b, mistral-7b, 1b, 70b-slice, or a config or checkpoint whose config it takes "
-        "(default: llama-2-7b)",
+        help="llama-2-7b, llama-3-8b, mistral-7b, 1b, 70b-slice, bitnet-2b, or a config or checkpoint whose config it "
+        "takes (default: llama-2-7b)",
     )
     p.add_argument(
         "--sparsities",
         nargs="+",
         type=float,
         metavar="S",
-        help="(default: a Q-Sparse model as it is, any other at 0.4, 0.5, 0.6 and 0.75)",
+        help="(default: a Q-Sparse model as it is, any other at 0.4, 0.5, 0.6 and 0.75, and with ternary weights at 0, "
+        "0.5 and 0.6)",
+    )
+    p.add_argument(
+        "--weights",
+        choices=["float", "ternary"],
+        default="float",
+        help="ternary: the sparse model with packed ternary weights and int8 activations (default: as it is)",
     )
     p.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N", help="sequences at once (default: 1)")
     p.add_argument("--prompts", nargs="+", type=int, default=[32], metavar="N", help="their tokens (default: 32)")
