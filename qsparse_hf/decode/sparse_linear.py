@@ -61,7 +61,7 @@ def _sum_of_bags(values: Tensor, indices: Tensor, weights: FloatWeights) -> Tens
     tokens, kept = values.shape
     alone = weight.device.type != "cpu" or torch.compiler.is_compiling()
     threads = 1 if alone else torch.get_num_threads()
-    pieces = math.gcd(max(threads // max(tokens, 1), 1), weight.shape[1])
+    pieces = math.gcd(max(threads // max(tokens, 1), 1), weight.shape[1] or 1)
     piece = torch.arange(pieces, dtype=indices.dtype, device=indices.device)
     indices = (indices[:, None, :] * pieces + piece[:, None]).flatten()
     offsets = torch.arange(tokens * pieces, dtype=indices.dtype, device=indices.device) * kept

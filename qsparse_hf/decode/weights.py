@@ -8,8 +8,10 @@ Shapes: D features in, N features out.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,6 +108,11 @@ class TernaryWeights:
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.codes, self.scale, self.first, self.step
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The tensors as NumPy's arrays, which share their memory, on a CPU."""
+        return tuple(each.numpy() for each in self.tensors())
 
     def rows(self, indices: Tensor) -> Tensor:
         codes = self.codes[indices.long()]

@@ -51,76 +51,94 @@ def _adder(shift: int) -> Callable[..., None]:
 _add_first, _add_second, _add_third, _add_fourth = map(_adder, (0, 2, 4, 6))
 
 
-@kernel(parallel=True)
-def _sum_levels(levels, indices, codes, sums):
-    """Whole numbers `sums [T, P, 4, N / 4]` of P parts of the kept rows: `levels [T, K]` times codes 0 to 2.
-
-    Sums of whole numbers are exact, so that their order does not matter.
-    """
-    tokens, parts, _, width = sums.shape
-    share = (levels.shape[1] + parts - 1) // parts
-    for work in prange(tokens * parts):
-        token, part = work // parts, work % parts
-        begin, end = min(part * share, levels.shape[1]), min((part + 1) * share, levels.shape[1])
-        narrow = np.empty(_BYTES, np.int16)
-        for first in range(begin, end, _ROWS):
-            last = min(first + _ROWS, end)
-            value, row = levels[token, first:last], indices[token, first:last]
-            for start in range(0, width, _BYTES):
-                piece = narrow[: min(_BYTES, width - start)]
-                for quarter in range(4):
-                    piece[:] = 0
-                    if quarter == 0:
-                        _add_first(value, row, codes, start, piece)
-                    elif quarter == 1:
-                        _add_second(value, row, codes, start, piece)
-                    elif quarter == 2:
-                        _add_third(value, row, codes, start, piece)
-                    else:
-                        _add_fourth(value, row, codes, start, piece)
-                    wide = sums[token, part, quarter, start:]
-                    for n in range(piece.size):
-                        wide[n] += piece[n]
-
-
-@kernel(parallel=True, fastmath={"contract", "nsz"})
-def _sum_values(values, indices, codes, sums):
-    """As `_sum_levels`, for values that are no whole numbers: sums in fp32, the parts' number decides their order."""
-    tokens, parts, _, width = sums.shape
-    share = (values.shape[1] + parts - 1) // parts
-    for work in prange(tokens * parts):
-        token, part = work // parts, work % parts
-        begin, end = min(part * share, values.shape[1]), min((part + 1) * share, values.shape[1])
-        for k in range(begin, end):
-            value, row = read(values[token, k]), codes[indices[token, k]]
+@kernel()
+def _sum_levels(values, rows, codes, narrow, sums):
+    """Add to `sums [4, N / 4]`, int32, levels `values [K]` times the codes 0 to 2 of these rows; return their sum."""
+    total, width = np.int32(0), codes.shape[1]
+    levels = np.empty(_ROWS, np.int16)
+    for first in range(0, values.size, _ROWS):
+        row = rows[first : first + _ROWS]
+        level = levels[: row.size]
+        for k in range(row.size):
+            level[k] = np.int16(read(values[first + k]))
+            total += level[k]
+        for start in range(0, width, _BYTES):
+            piece = narrow[: min(_BYTES, width - start)]
             for quarter in range(4):
-                shift, wide = np.uint8(2 * quarter), sums[token, part, quarter]
-                for n in range(width):
-                    wide[n] += value * np.float32(row[n] >> shift & 3)
+                piece[:] = 0
+                if quarter == 0:
+                    _add_first(level, row, codes, start, piece)
+                elif quarter == 1:
+                    _add_second(level, row, codes, start, piece)
+                elif quarter == 2:
+                    _add_third(level, row, codes, start, piece)
+                else:
+                    _add_fourth(level, row, codes, start, piece)
+                wide = sums[quarter, start:]
+                for n in range(piece.size):
+                    wide[n] += piece[n]
+    return total
 
 
-@kernel(parallel=True, fastmath={"contract", "nsz"})
-def _finish(sums, totals, scale, alpha, first, step, bias, residual, y):
-    """`y [T, N]` of the parts' sums, less a token's sum of values, as a weight is a code minus one."""
-    tokens, parts, _, width = sums.shape
-    for work in prange(tokens * 4):
-        token, quarter = work // 4, work % 4
-        factor = scale[token] if scale.size else np.float32(1)
-        for n in range(width):
-            total = sums[token, 0, quarter, n]
+@kernel(fastmath={"contract", "nsz"})
+def _sum_values(values, rows, codes, narrow, sums):
+    """As `_sum_levels`, for values that are no whole numbers, in fp32."""
+    total, width = np.float32(0), codes.shape[1]
+    for k in range(values.size):
+        value, row = read(values[k]), codes[rows[k]]
+        total += value
+        for quarter in range(4):
+            shift, wide = np.uint8(2 * quarter), sums[quarter]
+            for n in range(width):
+                wide[n] += value * np.float32(row[n] >> shift & 3)
+    return total
+
+
+def _multiplier(add: Callable) -> Callable[..., None]:
+    """The product by one of the two ways to sum."""
+
+    @kernel(parallel=True, fastmath={"contract", "nsz"})
+    def multiply(values, indices, scale, codes, alpha, first, step, bias, residual, sums, totals, y):
+        """`y [T, N]` from values and indices `[T, K]`: `sums [T, P, 4, N / 4]` of P parts of the kept rows in parallel.
+
+        A weight is a code less one, so the sum of a token's values is taken off at the end. An empty scale, bias or
+        residual is none.
+        """
+        tokens, parts, _, width = sums.shape
+        share = (values.shape[1] + parts - 1) // parts
+        for work in prange(tokens * parts):
+            token, part = work // parts, work % parts
+            begin, end = part * share, (part + 1) * share
+            narrow = np.empty(_BYTES, np.int16)
+            sums[token, part] = 0
+            totals[token, part] = add(
+                values[token, begin:end], indices[token, begin:end], codes, narrow, sums[token, part]
+            )
+        for work in prange(tokens * 4):
+            token, quarter = work // 4, work % 4
+            factor = scale[token] if scale.size else np.float32(1)
+            total = totals[token, 0]
             for part in range(1, parts):
-                total += sums[token, part, quarter, n]
-            out = first[n] + quarter * step[n]
-            value = np.float32(total - totals[token]) * alpha[n] * factor
-            if bias.size:
-                value += read(bias[out])
-            if residual.size:
-                value = read(residual[token, out]) + read(write(value, y))
-            y[token, out] = write(value, y)
+                total += totals[token, part]
+            for n in range(width):
+                summed = sums[token, 0, quarter, n]
+                for part in range(1, parts):
+                    summed += sums[token, part, quarter, n]
+                out = first[n] + quarter * step[n]
+                value = np.float32(summed - total) * alpha[n] * factor
+                if bias.size:
+                    value += read(bias[out])
+                if residual.size:
+                    value = read(residual[token, out]) + read(write(value, y))
+                y[token, out] = write(value, y)
 
+    return multiply
+
+
+_multiply_levels, _multiply_values = map(_multiplier, (_sum_levels, _sum_values))
 
 _PARTS = 8
-"""Number of parts in which values that are no whole numbers are summed, whatever the number of threads."""
+"""Parts in which values that are no whole numbers are summed, for any number of threads: they decide on rounding."""
 
 
 class NumbaTernaryLinear:
@@ -139,19 +157,12 @@ class NumbaTernaryLinear:
         def bits(each: Tensor | None, *shape: int) -> np.ndarray:
             return nothing(integer, len(shape)) if each is None else bits_of(each).reshape(shape)
 
-        rows = indices.contiguous().numpy().reshape(tokens, count)
-        values = values.reshape(tokens, count)
-        codes, alpha, first, step = (each.numpy() for each in weights.tensors())
+        lists = bits(values, tokens, count), indices.contiguous().numpy().reshape(tokens, count), scales_of(scale)
+        added = bits(bias, features), bits(residual, tokens, features)
+        multiply, kind, parts = _multiply_values, np.float32, _PARTS
+        if scale is not None:  # sums of whole numbers are exact, so that their order does not matter
+            multiply, kind, parts = _multiply_levels, np.int32, torch.get_num_threads()
+        sums, totals = np.empty((tokens, parts, 4, width), kind), np.empty((tokens, parts), kind)
         with threads_for(tokens * count * features):
-            if scale is None:
-                sums = np.zeros((tokens, _PARTS, 4, width), np.float32)
-                totals = values.sum(-1, dtype=torch.float32).numpy()
-                _sum_values(bits(values, tokens, count), rows, codes, sums)
-            else:
-                levels = values.to(torch.int16)
-                sums = np.zeros((tokens, torch.get_num_threads(), 4, width), np.int32)
-                totals = levels.sum(-1, dtype=torch.int32).numpy()
-                _sum_levels(levels.numpy(), rows, codes, sums)
-            added = bits(bias, features), bits(residual, tokens, features)
-            _finish(sums, totals, scales_of(scale), alpha, first, step, *added, bits(y, tokens, features))
+            multiply(*lists, *weights.arrays, *added, sums, totals, bits(y, tokens, features))
         return y
