@@ -14,9 +14,10 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from ..modeling.sparsify import FORMS, Survivors, TorchSparsify, finish_list
+from ..modeling.bitnet import LEAST_SCALE
+from ..modeling.sparsify import FORMS, Survivors, TorchSparsify, finish
 from ..modeling.sparsity import Selection
-from .numba_base import KINDS, bits_of, kernel, read, refuses, refuses_compiling, threads_for, write
+from .numba_base import KINDS, bits_of, kernel, read, refuses, refuses_compiling, scales_of, threads_for, write
 
 _TOGETHER = 8
 """Blocks that a thread masks one after the other."""
@@ -115,6 +116,24 @@ def _fill_lists(bits, infinity, block, keep, values, indices):
                 i += 1
 
 
+@kernel()
+def _round(values, least, rescales, scale):
+    """`finish_list` of rounded survivors: `values [T, K]` become levels; `scale [T]`, fp32, is what is left."""
+    magnitude = values.dtype.type((1 << (8 * values.itemsize - 1)) - 1)
+    for token in range(values.shape[0]):
+        row, top = values[token], values.dtype.type(0)
+        for k in range(row.size):
+            top = max(top, values.dtype.type(row[k] & magnitude))  # as bits, of which NaN's are the largest
+        largest = read(top)
+        largest = least if largest < least else largest
+        inverse, squares = np.float32(127) / largest, np.float32(0)
+        for k in range(row.size):
+            level = np.rint(read(row[k]) * inverse)
+            squares += level * level
+            row[k] = write(level, values)
+        scale[token] = np.float32(1) / np.sqrt(squares) if rescales and squares > 0 else largest / np.float32(127)
+
+
 @kernel(parallel=True)
 def _fill_mask(bits, infinity, keep, mask):
     """Fill in `mask [blocks, M]`: which features of each block survive."""
@@ -175,7 +194,11 @@ class NumbaSurvivors:
             kept = bits_of(values).reshape(lists), indices.numpy().reshape(lists)
             block = selection.block_size or features
             _fill_lists(rows, KINDS[x.dtype][1], block, selection.kept_of_block(features), *kept)
-        values, scale = finish_list(values, selection)
+        if selection.quantization == "none":
+            return Survivors(finish(values, selection), indices)
+        scale = x.new_empty(*shape[:-1], 1, dtype=torch.float32)
+        if x.numel():
+            _round(kept[0], np.float32(LEAST_SCALE), selection.rescale == "l2", scales_of(scale))
         return Survivors(values, indices, scale)
 
 
