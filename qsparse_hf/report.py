@@ -431,7 +431,7 @@ class _Counter:
 
     def before_selection(self, module: Sparsify, args: tuple) -> None:
         at_work = module.selection
-        module.selection = replace(at_work, sparsity=0.0, rescale="none")
+        module.selection = replace(at_work, sparsity=0.0, rescale="none", quantization="none")
         try:
             self._before = type(module).forward(module, *args)  # type: ignore[assignment]  # no survivors at 0
         finally:
