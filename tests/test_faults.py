@@ -185,6 +185,7 @@ def test_the_handler_is_given_back(run_config, tmp_path):
 def test_a_loss_that_is_not_finite_names_update_and_batch(run_config, tmp_path, capsys):
     out = tmp_path / "run"
     options = ["learning_rate=1e30", "warmup_steps=0", "quantization_ramp_steps=0", "model_fields={}"]
+    options += ["weight_decay=0", "second_stage_weight_decay=null"]
     assert main(["train", str(run_config), f"output_dir={out}", *options]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert "the loss is not finite at update 2, micro-batch 0 of process 0" in said

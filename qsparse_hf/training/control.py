@@ -45,11 +45,9 @@ def overrides_of_control(recipe: Recipe) -> list[str]:
     run, training = recipe.run, recipe.training
     output_dir, resume = Path(training.output_dir or ""), training.resume_from_checkpoint
     with user_errors(run.source):
-        config = AutoConfig.from_pretrained(run.source)
-    if not isinstance(config, QSparseConfigMixin):
+        sparse = isinstance(AutoConfig.from_pretrained(run.source), QSparseConfigMixin)
+    if not sparse:
         raise UserError(f"control: {run.source} is dense; a control is of a Q-Sparse model")
-    if config.packed_as is not None:
-        raise UserError(f"control: {run.source} holds packed ternary weights, which are no dense model's")
     begins: dict[str, Any] = {}
     fields = run.model_fields | {"sparsity": 0, "sparsity_per_projection": None}
     fields |= {"weight_quantization": "none", "activation_quantization": "none"}

@@ -38,10 +38,10 @@ def check_quantization_ramp(arguments: QSparseArguments, config: PreTrainedConfi
     if not arguments.quantization_ramp_steps:
         return
     found = getattr(config, "weight_quantization", "none")
-    if found != "ternary" or getattr(config, "packed_as", None) is not None:
+    if found != "ternary":
         raise UserError(
-            "quantization_ramp_steps needs a Q-Sparse model whose weight_quantization is 'ternary', over weights of "
-            f"full precision, got {config.model_type} with {'packed weights' if found == 'ternary' else repr(found)}"
+            "quantization_ramp_steps needs a Q-Sparse model whose weight_quantization is 'ternary', got "
+            f"{config.model_type} with {found!r}"
         )
 
 
