@@ -14,7 +14,8 @@ html_theme = "furo"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "README"
-include_patterns = ["README.md", "docs/*.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/NOTES.md"]
+other_pages = ["CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/NOTES.md", "model_cards/*.md"]
+include_patterns = ["README.md", "docs/*.md", *other_pages]
 exclude_patterns = [".*", "docs/_build", "quickstart", "runs"]  # walked otherwise
 myst_heading_anchors = 3
 html_show_copyright = False
@@ -25,7 +26,7 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 
 # The README names the pages in its text; on the site they are the sidebar too.
-CONTENTS = """
+_PAGES = """
 ```{toctree}
 :hidden:
 
@@ -40,15 +41,26 @@ docs/serving
 docs/troubleshooting
 docs/api
 benchmarks/NOTES
+model_cards/README
 CONTRIBUTING
 CHANGELOG
 ```
 """
 
 
+_CARDS = """
+```{toctree}
+:hidden:
+:glob:
+
+*
+```
+"""
+CONTENTS = {root_doc: _PAGES, "model_cards/README": _CARDS}
+
+
 def _add_contents(app: Sphinx, page: str, source: list[str]) -> None:
-    if page == root_doc:
-        source[0] += CONTENTS
+    source[0] += CONTENTS.get(page, "")
 
 
 def _add_fields(app: Sphinx, what: str, name: str, documented: Any, options: Any, lines: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Prepared models: the same tokens, the same weights, the same checkpoint; and everything that `generate` can do."""
 
 import copy
+import itertools
 import logging
 import pickle
 
@@ -22,10 +23,11 @@ from transformers import (
 )
 
 from qsparse_hf import sparsity_report
-from qsparse_hf.decode import generation, graph, prepare, sparse_linear
+from qsparse_hf.decode import generation, graph, prepare
 from qsparse_hf.decode.graph import DecodeGraph, why_no_graph
-from qsparse_hf.decode.layout import InputMajorLinear, few_tokens
+from qsparse_hf.decode.layout import InputMajor, few_tokens
 from qsparse_hf.decode.transformers_names import CACHE
+from qsparse_hf.decode.weights import FloatWeights, TernaryWeights
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 SETTINGS = [
@@ -33,6 +35,8 @@ SETTINGS = [
     {"sparsity_block_size": 32},
     {"sparsity_rescale": "l2"},
     {"sparsity_per_projection": {"down": [0, 0.75]}},
+    {"activation_quantization": "int8"},
+    {"weight_quantization": "ternary", "activation_quantization": "int8"},
 ]
 
 
@@ -40,13 +44,14 @@ SETTINGS = [
 def products(monkeypatch) -> list[tuple[int, ...]]:
     """The shapes of the values that sparse products read, in a list that grows."""
     shapes = []
-    for name, implementation in sparse_linear.LINEAR_IMPLS.items():
-        product = implementation.product
-        spied = copy.copy(implementation)
-        spied.product = lambda values, *rest, product=product: (
-            shapes.append(tuple(values.shape)) or product(values, *rest)
-        )
-        monkeypatch.setitem(sparse_linear.LINEAR_IMPLS, name, spied)
+    for table in (FloatWeights.products, TernaryWeights.products):
+        for name, implementation in table.items():
+            product = implementation.product
+            spied = copy.copy(implementation)
+            spied.product = lambda kept, *rest, product=product: (
+                shapes.append(tuple(kept.values.shape)) or product(kept, *rest)
+            )
+            monkeypatch.setitem(table, name, spied)
     return shapes
 
 
@@ -64,10 +69,17 @@ def test_same_tokens_through_sparse_products(family, fields, tokens, products):
     assert {shape[:2] for shape in products} == {(1, 1)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_logits_in_every_dtype(family, dtype, tokens):
+@pytest.mark.parametrize(
+    ("dtype", "quantized"),  # in 16 bits, rounding moves values from one int8 level to the next
+    [
+        *itertools.product([torch.float64, torch.float32, torch.bfloat16, torch.float16], [False]),
+        *itertools.product([torch.float64, torch.float32], [True]),
+    ],
+)
+def test_logits_in_every_dtype(family, dtype, quantized, tokens):
     """One feature of 64 goes, so that rounding cannot swap many."""
-    model = make(sparse_config(family, sparsity=0.02), dtype=dtype)
+    fields = {"weight_quantization": "ternary", "activation_quantization": "int8"} if quantized else {}
+    model = make(sparse_config(family, sparsity=0.02, **fields), dtype=dtype)
     with torch.no_grad():
         expected = model(tokens).logits
         model.prepare_for_decode()
@@ -108,7 +120,7 @@ def test_a_prepared_model_moves_and_is_copied(tokens, products):
         assert other.is_prepared
         products.clear()
         if other is not model:
-            assert all(linear.rows is None for linear in other.modules() if isinstance(linear, InputMajorLinear))
+            assert all(linear.rows is None for linear in other.modules() if isinstance(linear, InputMajor))
         assert torch.equal(other.generate(tokens[:1], **GREEDY), expected)
         assert len(products) == 15 * 8
         rows = other.model.layers[0].self_attn.q_proj.rows
@@ -170,11 +182,11 @@ def test_prepared_in_inference_mode_and_trained_afterwards(tokens):
 
 def test_few_tokens_are_those_of_the_sparsity_at_work():
     model = make(sparse_config("llama", sparsity=0.75)).prepare_for_decode()
-    norm, weight = model.model.layers[0].input_layernorm, model.model.layers[0].self_attn.q_proj.weight
+    norm, linear = model.model.layers[0].input_layernorm, model.model.layers[0].self_attn.q_proj
     for factor in (1, 0.1):
         model.scale_sparsity(factor)
-        assert norm.few == few_tokens(0.75 * factor, weight)
-    assert few_tokens(0.75, weight) != few_tokens(0.075, weight)
+        assert norm.few == few_tokens(0.75 * factor, linear)
+    assert few_tokens(0.75, linear) != few_tokens(0.075, linear)
 
 
 def test_under_autocast_the_products_are_those_of_autocast(tokens, products):

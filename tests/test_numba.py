@@ -13,7 +13,7 @@ if len(sys.argv) > 1:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 for dtype in (torch.float32, torch.bfloat16):
     x = torch.tensor([[1, -4, 2, 3.0]], dtype=dtype)
-    values, indices = topk_sparsify(x, 0.5, compact=True)
+    values, indices, _ = topk_sparsify(x, 0.5, compact=True)
     assert (values.tolist(), indices.tolist()) == ([[-4, 3]], [[1, 3]])
 print(sum(sparsify_numba._fill_lists.stats.cache_hits.values()))
 """

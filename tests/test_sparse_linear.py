@@ -7,10 +7,12 @@ import torch
 from conftest import assert_close, backends
 
 from qsparse_hf import topk_sparsify
-from qsparse_hf.decode.sparse_linear import LINEAR_IMPLS, sparse_linear
+from qsparse_hf.decode.sparse_linear import sparse_linear
+from qsparse_hf.decode.weights import FloatWeights, TernaryWeights
+from qsparse_hf.modeling.bitnet import pack, ternary
 from qsparse_hf.modeling.sparsify import SURVIVORS, Survivors
 
-BACKENDS = backends(LINEAR_IMPLS)
+BACKENDS = backends(FloatWeights.products)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -45,6 +47,58 @@ def test_is_the_dense_product_of_what_survived(device, backend, dtype, tokens, s
     y = sparse_linear(topk_sparsify(x, 0.6, compact=True), weight, bias, residual, backend=backend)
     dense = topk_sparsify(x, 0.6).double() @ weight.double() + bias.double() + residual.double()
     assert_close(y, dense.to(dtype))
+
+
+def ternary_weights(features: int, sizes: tuple[int, ...], device: str) -> tuple[TernaryWeights, torch.Tensor]:
+    """Of linears of these sizes, and what they stand for, `[D, N]`."""
+    generator = torch.Generator().manual_seed(0)
+    codes, scales = zip(*(ternary(torch.randn(size, features, generator=generator)) for size in sizes), strict=True)
+    weights = TernaryWeights.of([pack(each).to(device) for each in codes], [each.to(device) for each in scales])
+    dense = torch.cat([code * scale for code, scale in zip(codes, scales, strict=True)])
+    return weights, dense.t().to(device)
+
+
+@pytest.mark.parametrize(("device", "backend"), backends(TernaryWeights.products))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantization", ["int8", "none"])
+@pytest.mark.parametrize(
+    ("tokens", "features", "sizes"),
+    [
+        ((1,), 100, (72,)),  # bytes that make no whole words
+        ((2, 3), 33, (16, 8, 4)),
+        ((0, 1), 33, (16,)),
+        ((2,), 600, (640, 128, 128)),  # several linears that read one input
+        ((1,), 1300, (2064,)),
+        ((1,), 1100, (8256,)),  # a kernel's other tile
+    ],
+)
+def test_ternary_is_the_dense_product_of_what_survived(device, backend, dtype, quantization, tokens, features, sizes):
+    weights, dense = ternary_weights(features, sizes, device)
+    assert weights.shape == (features, sum(sizes))
+    assert weights.nbytes < features * sum(sizes) / 4 + 4 * sum(sizes)
+    generator = torch.Generator().manual_seed(0)
+    x, bias, residual = (
+        torch.randn(shape, generator=generator).to(device, dtype)
+        for shape in ((*tokens, features), (sum(sizes),), (*tokens, sum(sizes)))
+    )
+    kept = topk_sparsify(x, 0.4, compact=True, quantization=quantization)
+    y = sparse_linear(kept, weights, bias, residual, backend=backend)
+    values = kept.values.double() * (1 if kept.scale is None else kept.scale.double())
+    sparse = torch.zeros(x.shape, dtype=torch.float64, device=device).scatter(-1, kept.indices.long(), values)
+    assert_close(y, (sparse @ dense.double() + bias.double() + residual.double()).to(dtype))
+    if quantization == "none":
+        assert torch.equal(sparse.to(dtype), topk_sparsify(x, 0.4))
+
+
+@pytest.mark.parametrize(("device", "backend"), backends(TernaryWeights.products))
+def test_ternary_hand_computed(device, backend):
+    """Codes 1, -1, 0, 1 of four outputs that share a byte, in two linears with a scale each."""
+    codes = [torch.tensor([[1.0, 0], [-1, 1], [0, 1], [1, -1]]), torch.tensor([[0.0, 1], [1, 1], [-1, 0], [0, 0]])]
+    weights = TernaryWeights.of([pack(each).to(device) for each in codes], torch.tensor([0.5, 2.0], device=device))
+    assert weights.codes.tolist() == [[0b10010010, 0b01001001], [0b00101001, 0b01011010]]
+    kept = Survivors(torch.tensor([[3.0, 4.0]]), torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([[10.0]]))
+    kept = Survivors(*(each.to(device) for each in kept))
+    assert sparse_linear(kept, weights, backend=backend).tolist() == [[15, 5, 20, -5, 80, 140, -60, 0]]
 
 
 @pytest.mark.parametrize(("device", "backend"), BACKENDS)

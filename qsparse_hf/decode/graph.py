@@ -44,7 +44,7 @@ def _rope_types(config: PreTrainedConfig) -> set[str]:
 def why_no_graph(model: Any, cache: object) -> str | None:
     """Why a forward of one token a sequence over this cache cannot run as a CUDA graph, or None if it can."""
     config, head_size = model.config, model.base_model.layers[0].self_attn.head_dim
-    weight = model.base_model.layers[0].mlp.down_proj.weight
+    weight = model.base_model.layers[0].input_layernorm.weight  # of the dtype of activations
     if not model.is_prepared:
         return "the model is not prepared, or not any more"
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
@@ -112,7 +112,8 @@ class DecodeGraph:
 
     def _inside(self) -> tuple:
         """What the graph has baked in, addresses of weights and selections: it is captured again when these change."""
-        places = tuple(parameter.data_ptr() for parameter in self.model.parameters())
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        places = tuple(tensor.data_ptr() for tensor in tensors)
         return places, tuple(module.selection for module in self.model.modules() if isinstance(module, Sparsify))
 
     @property

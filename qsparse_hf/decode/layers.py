@@ -5,8 +5,7 @@ it read the weights of these features alone. The products also add the residual,
 """
 
 import logging
-from functools import cache
-from typing import Any, ClassVar, SupportsIndex, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,33 +18,7 @@ from ..modeling.sparsify import Sparsify, Survivors, select
 from .attention import attend, is_slow
 from .graph import DecodeGraph
 from .layout import project
-
-
-class Prepared:
-    """Marks the classes of prepared modules; `unprepared` is the class that `restore` gives back."""
-
-    unprepared: ClassVar[type]
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
-        # Pickle finds classes by name, and this one is made at run time.
-        _, _, *rest = cast("tuple", super().__reduce_ex__(protocol))
-        return _new_prepared, (Prepared.mixin_of(type(self)), self.unprepared), *rest
-
-    @staticmethod
-    def mixin_of(prepared: type) -> type:
-        return prepared.__bases__[0]
-
-
-@cache
-def prepared_class(mixin: type, unprepared: type) -> type:
-    """A class of `mixin` and `unprepared`. Keeps the dense class name: FSDP and `device_map` match layers by it."""
-    names = {"unprepared": unprepared, "__module__": unprepared.__module__, "__qualname__": unprepared.__qualname__}
-    return type(unprepared.__name__, (mixin, unprepared), names)
-
-
-def _new_prepared(mixin: type, unprepared: type) -> object:
-    made = prepared_class(mixin, unprepared)
-    return object.__new__(made)
+from .prepared import Prepared
 
 
 class PreparedSparsify(Prepared, Sparsify):
@@ -53,12 +26,14 @@ class PreparedSparsify(Prepared, Sparsify):
 
     few: int = 0
     """The largest number of tokens for which it does; 0 where the projections behind are not laid out."""
+    always: bool = False
+    """Whether it does at a sparsity of 0 too, as packed weights are read faster than they are unpacked."""
 
     def select(self, form: str, *inputs: object) -> Tensor | Survivors:
         return select(form, inputs, self.selection, compact=self._compacts(cast("Tensor", inputs[0])))
 
     def _compacts(self, x: Tensor) -> bool:
-        if self.few == 0 or torch.is_grad_enabled() or self.selection.sparsity == 0:
+        if self.few == 0 or torch.is_grad_enabled() or (self.selection.sparsity == 0 and not self.always):
             return False
         if torch.is_autocast_enabled(x.device.type):  # autocast casts the inputs of linears, and not lists
             return False

@@ -14,38 +14,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..modeling.bitnet import PackedLinear, TernaryLinear, pack, ternary
 from ..modeling.sparsify import Survivors
+from .prepared import Prepared, prepared_class
 from .sparse_linear import sparse_linear
+from .weights import FloatWeights, TernaryWeights, Weights
 
 
 class Rows:
-    """Input-major weights, side by side, of linears that read one input: the linears' parameters are views of this."""
+    """Input-major weights, side by side, of linears that read one input.
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+    Plain and packed weights become views of these. Master weights of ternary linears stay where they are.
+    """
+
+    def __init__(self, linears: Sequence[Any]) -> None:
         self.sizes = [linear.out_features for linear in linears]
-        self.weight = torch.cat([linear.weight.detach().t() for linear in linears], dim=1)  # [D, N], contiguous
+        kept = [linear.weight.detach() for linear in linears]
+        if isinstance(linears[0], TernaryLinear):
+            codes, scales = zip(*map(ternary, kept), strict=True)
+            self.weights: Weights = TernaryWeights.of([pack(each) for each in codes], scales)
+        elif isinstance(linears[0], PackedLinear):
+            self.weights = TernaryWeights.of(kept, [linear.scale() for linear in linears])
+        else:
+            self.weights = FloatWeights(torch.cat([weight.t() for weight in kept], dim=1))
+        if not isinstance(linears[0], TernaryLinear):
+            rows = self.weights.tensors()[0].split([weight.shape[0] for weight in kept], dim=1)
+            for linear, view in zip(linears, rows, strict=True):
+                linear.weight.data = view.t()
         self.bias = None
         if any(linear.bias is not None for linear in linears):
-            zeros = self.weight.new_zeros
+            zeros = next(linear.bias for linear in linears if linear.bias is not None).new_zeros
             self.bias = torch.cat(
                 [zeros(linear.out_features) if linear.bias is None else linear.bias.detach() for linear in linears]
             )
-        start = 0
-        for linear in linears:
-            end = start + linear.out_features
-            linear.weight.data = self.weight[:, start:end].t()
-            if linear.bias is not None and self.bias is not None:
-                linear.bias.data = self.bias[start:end]
-            start = end
+            for linear, part in zip(linears, self.bias.split(self.sizes), strict=True):
+                if linear.bias is not None:
+                    linear.bias.data = part
         self.places = self._places(linears)
 
     @staticmethod
-    def _places(linears: Sequence[nn.Linear]) -> list[int | None]:
-        parameters = [each for linear in linears for each in (linear.weight, linear.bias)]
-        return [None if each is None else each.data_ptr() for each in parameters]
+    def _places(linears: Sequence[Any]) -> list[tuple[int, int] | None]:
+        """Where weights and biases lie, and how often master weights have changed, of which the codes are a copy."""
+        tensors = [each for linear in linears for each in (linear.weight, linear.bias)]
+        changes = isinstance(linears[0], TernaryLinear)
+        return [None if each is None else (each.data_ptr(), each._version if changes else 0) for each in tensors]
 
-    def are_those_of(self, linears: Sequence[nn.Linear]) -> bool:
-        """Whether the parameters still are views of this. Copying a model or assigning a state dict replaces them."""
+    def are_those_of(self, linears: Sequence[Any]) -> bool:
+        """Whether the parameters still are those of this. Copying a model or assigning a state dict replaces them."""
         return self.places == self._places(linears)
 
 
@@ -61,9 +76,11 @@ def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, asks)()
 
 
-class InputMajorLinear(nn.Linear):
-    """A linear with an input-major weight. Its forward is the dense product, for prompts and larger batches."""
+class InputMajor(Prepared, nn.Module):
+    """A linear whose weight is laid out. Its forward is the dense product, for prompts and larger batches."""
 
+    weight: Tensor
+    bias: Tensor | None
     rows: Any  # `Rows`, or None
     """None after a parameter was replaced; the next product lays the weights out again."""
 
@@ -82,7 +99,7 @@ class InputMajorLinear(nn.Linear):
                     destination[prefix + name] = view.clone(memory_format=torch.contiguous_format)
 
     def forward(self, x: Tensor) -> Tensor:
-        if _is_fast(x.device, x.dtype):
+        if self.unprepared is not nn.Linear or _is_fast(x.device, x.dtype):
             return super().forward(x)
         wide = x.float()
         y = torch.cat([F.linear(wide, part.float()) for part in self.weight.split(_PART)], dim=-1)
@@ -93,15 +110,28 @@ _PART = 1024
 """Output features whose weights are cast to fp32 at a time: a bound on the memory that takes."""
 
 
-def few_tokens(sparsity: float, weight: Tensor) -> int:
+def few_tokens(sparsity: float, linear: Any) -> int:
     """The largest number of tokens for which the product of survivors is faster than the dense one.
 
     Each token reads rows of its own, so `1 / (1 - sparsity)` tokens read as much as the dense product. On a CPU twice
     as many: there the dense product over an input-major weight takes one and a half times as long as over the usual.
+    Ternary weights are unpacked, or quantized, as a whole in every dense product, which takes longer than reading them
+    packed sixteen times.
     """
-    if not _is_fast(weight.device, weight.dtype):
+    weight = linear.weight
+    if isinstance(linear, _TERNARY) or not _is_fast(weight.device, weight.dtype):
         return 16
     return max(int((2 if weight.device.type == "cpu" else 1) / (1 - sparsity) + 1e-9), 1)
+
+
+_TERNARY = (TernaryLinear, PackedLinear)
+LINEARS = (nn.Linear, *_TERNARY)
+"""Classes of linears that are laid out."""
+
+
+def is_ternary(linear: nn.Module) -> bool:
+    """Whether it has ternary weights, which are worth laying out at a sparsity of 0 too."""
+    return isinstance(linear, _TERNARY)
 
 
 @contextmanager
@@ -111,23 +141,25 @@ def _to_train_on() -> Iterator[None]:
         yield
 
 
-def lay_out(*linears: nn.Linear) -> None:
+def lay_out(*linears: nn.Module) -> None:
     """Give linears that read one input one input-major weight; needs memory for a second copy of it meanwhile."""
     with _to_train_on():
         rows = Rows(linears)
     for linear in linears:
-        linear.__class__ = InputMajorLinear
-        cast("InputMajorLinear", linear).rows = rows
+        if not isinstance(linear, InputMajor):
+            unprepared: Any = type(linear)
+            linear.__class__ = prepared_class(InputMajor, unprepared)
+        cast("InputMajor", linear).rows = rows
 
 
-def put_back(*linears: nn.Linear) -> None:
+def put_back(*linears: InputMajor) -> None:
     """Undo `lay_out`."""
     for linear in linears:
         with _to_train_on():
             linear.weight.data = linear.weight.data.contiguous()
             if linear.bias is not None:
                 linear.bias.data = linear.bias.data.clone()
-        linear.__class__ = nn.Linear
+        linear.__class__ = linear.unprepared
         del linear.rows
 
 
@@ -142,7 +174,7 @@ def _rows_of(linears: Sequence[Any]) -> Rows:
 
 
 @torch.compiler.disable
-def _lay_out_again(*linears: nn.Linear) -> None:
+def _lay_out_again(*linears: nn.Module) -> None:
     lay_out(*linears)
 
 
@@ -156,14 +188,14 @@ def project(x: Tensor | Survivors, *linears: nn.Linear, residual: Tensor | None 
     """
     if isinstance(x, Survivors):
         for linear in linears:
-            if type(linear) is not InputMajorLinear:
+            if not isinstance(linear, InputMajor):
                 kind = f"{type(linear).__module__}.{type(linear).__name__}"
                 raise RuntimeError(
                     f"a linear of a model that is prepared for decoding was replaced by a {kind}; call the model's "
                     "restore() first, and prepare_for_decode() again once adapters are merged"
                 )
         rows = _rows_of(linears)
-        y = sparse_linear(x, rows.weight, rows.bias, residual)
+        y = sparse_linear(x, rows.weights, rows.bias, residual)
         return (y,) if len(linears) == 1 else y.split(rows.sizes, dim=-1)
     outputs = tuple(linear(x) for linear in linears)
     return outputs if residual is None else tuple(residual + output for output in outputs)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ..modeling.modeling_qsparse import QSparseAttention, QSparseForCausalLM, QSparseMLP, QSparsePreTrainedModel
 from ..modeling.sparsify import Sparsify
 from .generation import PreparedGeneration
-from .layers import Prepared, PreparedAttention, PreparedDecoderLayer, PreparedMLP, PreparedSparsify, prepared_class
-from .layout import InputMajorLinear, few_tokens, lay_out, put_back
+from .layers import PreparedAttention, PreparedDecoderLayer, PreparedMLP, PreparedSparsify
+from .layout import LINEARS, InputMajor, few_tokens, is_ternary, lay_out, put_back
+from .prepared import Prepared, prepared_class
 
 
 class PreparedModel(Prepared, QSparsePreTrainedModel):
@@ -82,7 +83,7 @@ def prepare(model: QSparsePreTrainedModel) -> None:
             if not hasattr(layer, "post_feedforward_layernorm"):  # else what comes of a product is no part of a sum
                 _take_on(layer, PreparedDecoderLayer)
         for _, selector, linears in layer_groups(model):
-            if selector.configured.sparsity > 0:
+            if selector.configured.sparsity > 0 or all(map(is_ternary, linears.values())):
                 lay_out(*linears.values())
         _count_few_tokens(model)
     except BaseException:
@@ -93,10 +94,11 @@ def prepare(model: QSparsePreTrainedModel) -> None:
 def restore(model: QSparsePreTrainedModel) -> None:
     """Undo `prepare`."""
     for module in model.modules():  # not by projection group: adapters may have wrapped linears since
-        if isinstance(module, InputMajorLinear):
+        if isinstance(module, InputMajor):
             put_back(module)
         elif isinstance(module, Prepared):
             vars(module).pop("few", None)
+            vars(module).pop("always", None)
             vars(module).pop("_spare_cache", None)
             _change_class(module, module.unprepared)
 
@@ -128,8 +130,9 @@ def layer_groups(model: QSparsePreTrainedModel) -> Iterator[tuple[int, Any, dict
 def _count_few_tokens(model: QSparsePreTrainedModel) -> None:
     for _, selector, linears in layer_groups(model):
         first = next(iter(linears.values()))
-        if isinstance(first, InputMajorLinear):
-            selector.few = few_tokens(selector.selection.sparsity, first.weight)
+        if isinstance(first, InputMajor):
+            selector.few = few_tokens(selector.selection.sparsity, first)
+            selector.always = is_ternary(first)
 
 
 def why_not_prepared(model: QSparsePreTrainedModel) -> str | None:
@@ -145,8 +148,10 @@ def why_not_prepared(model: QSparsePreTrainedModel) -> str | None:
             where = f"{name} of layer {number}"
             if linear.weight.is_inference():
                 return f"{where} was made in inference mode, which leaves it unchangeable"
-            if type(linear) is not nn.Linear or type(linear.weight.data) is not Tensor or linear.weight.is_meta:
+            if type(linear) not in LINEARS or type(linear.weight.data) is not Tensor or linear.weight.is_meta:
                 kind = f"{type(linear).__module__}.{type(linear).__name__}"
                 held = f"{type(linear.weight.data).__name__} on {linear.weight.device}"
                 return f"{where} is a {kind} with a {held}; merge adapters before"
+            if getattr(linear, "strength", 1) != 1:
+                return f"{where} is on its way to ternary weights; scale_quantization(1) ends it"
     return None

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..decode import attention, sparse_linear
+from ..decode import attention
+from ..decode.weights import FloatWeights, TernaryWeights
 from ..modeling.backend import prefer
 from ..modeling.sparsify import IMPLS, SURVIVORS
 
@@ -85,6 +86,18 @@ def _sparse_linear_numba() -> object:
     return NumbaSparseLinear()
 
 
+def _ternary_linear_triton() -> object:
+    from .ternary_linear_triton import TritonTernaryLinear
+
+    return TritonTernaryLinear()
+
+
+def _ternary_linear_numba() -> object:
+    from .ternary_linear_numba import NumbaTernaryLinear
+
+    return NumbaTernaryLinear()
+
+
 def _attend_numba() -> object:
     from .decode_attention_numba import NumbaAttend
 
@@ -103,8 +116,10 @@ for table, name, implementation in (
     (IMPLS, "triton", _sparsify),
     (SURVIVORS, "numba", Deferred("numba", "cpu", _survivors_numba)),
     (SURVIVORS, "triton", _sparsify),
-    (sparse_linear.LINEAR_IMPLS, "numba", Deferred("numba", "cpu", _sparse_linear_numba)),
-    (sparse_linear.LINEAR_IMPLS, "triton", Deferred("triton", "cuda", _sparse_linear_triton)),
+    (FloatWeights.products, "numba", Deferred("numba", "cpu", _sparse_linear_numba)),
+    (FloatWeights.products, "triton", Deferred("triton", "cuda", _sparse_linear_triton)),
+    (TernaryWeights.products, "numba", Deferred("numba", "cpu", _ternary_linear_numba)),
+    (TernaryWeights.products, "triton", Deferred("triton", "cuda", _ternary_linear_triton)),
     (attention.ATTEND_IMPLS, "numba", Deferred("numba", "cpu", _attend_numba)),
     (attention.STEP_IMPLS, "triton", Deferred("triton", "cuda", _step_triton)),
 ):

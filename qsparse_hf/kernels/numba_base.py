@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 from torch import Tensor
@@ -101,6 +102,22 @@ def write(context, x, array):
     return target(types.float32, array), generate
 
 
+@intrinsic
+def prefetch(context, array, at):
+    """Prefetch the cache line of an element of a contiguous array."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        builder.call(prefetch, [address, number(0), number(3), number(1)])  # to read, into all caches, as data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
 KINDS = {
     torch.bfloat16: (torch.uint16, 0x7F80),
     torch.float16: (torch.int16, 0x7C00),
@@ -170,3 +187,8 @@ def bits_of(x: Tensor) -> np.ndarray:
 def nothing(integer: torch.dtype, ndim: int) -> np.ndarray:
     """An array without elements: how a kernel is told that there is no bias or residual."""
     return torch.empty((0,) * ndim, dtype=integer, device="cpu").numpy()
+
+
+def scales_of(scale: Tensor | None) -> np.ndarray:
+    """What each token's values are multiplied by, fp32 `[T]`; an array without elements where that is nothing."""
+    return nothing(torch.float32, 1) if scale is None else scale.contiguous().numpy().reshape(-1)

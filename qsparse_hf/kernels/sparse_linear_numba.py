@@ -8,13 +8,23 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from llvmlite import ir
-from numba import prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import prange
 from torch import Tensor
 
-from .numba_base import KINDS, bits_of, kernel, nothing, read, refuses_compiling, threads_for, write
+from ..decode.weights import FloatWeights
+from ..modeling.sparsify import Survivors
+from .numba_base import (
+    KINDS,
+    bits_of,
+    kernel,
+    nothing,
+    prefetch,
+    read,
+    refuses_compiling,
+    scales_of,
+    threads_for,
+    write,
+)
 
 _LINE = 32
 """Values of 16 bits in a cache line."""
@@ -24,25 +34,9 @@ _PIECE = 1024
 """Output features that one thread finishes together."""
 
 
-@intrinsic
-def _prefetch(context, array, at):
-    """Prefetch the cache line of an element of a contiguous array."""
-
-    def generate(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        address = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        builder.call(prefetch, [address, number(0), number(3), number(1)])  # to read, into all caches, as data
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), generate
-
-
 @kernel(parallel=True, fastmath={"contract", "nsz"})
-def _multiply(values, indices, weight, bias, residual, y):
-    """`y [T, N] = values @ weight[indices] + bias + residual`; an empty bias or residual is none.
+def _multiply(values, indices, scale, weight, bias, residual, y):
+    """`y [T, N] = (values @ weight[indices]) * scale + bias + residual`; an empty scale, bias or residual is none.
 
     `_PARTS` parts of the kept rows are summed in parallel, in fp32, and then added up, in the same order for any number
     of threads. Four rows are read at a time: four streams from memory for one load and store of the sums. The
@@ -63,7 +57,7 @@ def _multiply(values, indices, weight, bias, residual, y):
             for following in range(k + 4, min(k + 8, end)):
                 next_row = weight[row[following]]
                 for n in range(0, min(features, 4 * _LINE), _LINE):
-                    _prefetch(next_row, n)
+                    prefetch(next_row, n)
             for n in range(features):
                 sums[n] += (v0 * read(row_0[n]) + v1 * read(row_1[n])) + (v2 * read(row_2[n]) + v3 * read(row_3[n]))
         for k in range(fours, end):
@@ -77,6 +71,9 @@ def _multiply(values, indices, weight, bias, residual, y):
             for part in range(1, _PARTS):
                 for n in range(start, end):
                     sums[n] += partial_sums[token, part, n]
+            if scale.size:
+                for n in range(start, end):
+                    sums[n] *= scale[token]
             if bias.size:
                 for n in range(start, end):
                     sums[n] += read(bias[n])
@@ -94,18 +91,18 @@ class NumbaSparseLinear:
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
         return refuses_compiling(tensors, asked)
 
-    def product(
-        self, values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
-    ) -> Tensor:
+    def product(self, kept: Survivors, weights: FloatWeights, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        values, indices, scale = kept
+        weight = weights.values
         integer, _ = KINDS[weight.dtype]
-        tokens, kept, features = math.prod(values.shape[:-1]), values.shape[-1], weight.shape[1]
+        tokens, count, features = math.prod(values.shape[:-1]), values.shape[-1], weight.shape[1]
         y = values.new_empty(*values.shape[:-1], features)
 
         def bits(each: Tensor | None, *shape: int) -> np.ndarray:
             return nothing(integer, len(shape)) if each is None else bits_of(each).reshape(shape)
 
-        lists = bits(values, tokens, kept), indices.contiguous().numpy().reshape(tokens, kept)
+        lists = bits(values, tokens, count), indices.contiguous().numpy().reshape(tokens, count), scales_of(scale)
         added = bits(bias, features), bits(residual, tokens, features)
-        with threads_for(tokens * kept * features):
+        with threads_for(tokens * count * features):
             _multiply(*lists, bits(weight, *weight.shape), *added, bits(y, tokens, features))
         return y

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sparsify_triton import LIST_UNIT, is_padded, launch_options, new_lists, padded_length
+from ..decode.weights import FloatWeights
+from ..modeling.sparsify import Survivors
+from .sparsify_triton import LIST_UNIT, launch_options, padded_length, padded_lists
 from .sparsify_triton_ops import refuses
 
 try:
@@ -33,6 +35,7 @@ def _listed(values_ptr, indices_ptr, places, padded):
 def sparse_linear_kernel(
     values_ptr,
     indices_ptr,
+    scale_ptr,
     weight_ptr,
     bias_ptr,
     residual_ptr,
@@ -81,6 +84,8 @@ def sparse_linear_kernel(
         if STAGES == 1:
             value, row = next_value, next_row
     y = tl.sum(sums, axis=0)
+    if scale_ptr is not None:
+        y *= tl.load(scale_ptr + token)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
@@ -116,14 +121,15 @@ class ProductTile:
 def launch_sparse_linear(
     values: Tensor,
     indices: Tensor,
+    scale: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     tile: ProductTile | None = None,
 ) -> Tensor:
-    """Run the kernel: `values`, `indices [..., K]`, `weight [D, N]`, `bias [N]`, `residual [..., N]` to `[..., N]`.
+    """Run the kernel: `values`, `indices [..., K]`, `scale [..., 1]`, `weight [D, N]`, `bias [N]`, `residual [..., N]`.
 
-    Values and indices are laid out as by `new_lists`: their padding is read.
+    Returns `[..., N]`. Values and indices are laid out as by `new_lists`: their padding is read.
     """
     kept, features = values.shape[-1], weight.shape[1]
     y = values.new_empty(*values.shape[:-1], features)
@@ -136,6 +142,7 @@ def launch_sparse_linear(
         sparse_linear_kernel[(triton.cdiv(features, tile.columns), tokens)](
             values,
             indices,
+            scale,
             weight,
             bias,
             residual,
@@ -156,18 +163,19 @@ def launch_sparse_linear(
 
 @torch.library.custom_op("qsparse::sparse_linear", mutates_args=())
 def _sparse_linear(
-    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+    values: Tensor,
+    indices: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
 ) -> Tensor:
-    if not (is_padded(values) and is_padded(indices)):
-        given, (values, indices) = (values, indices), new_lists(values, values.shape, values.dtype)
-        values.copy_(given[0])
-        indices.copy_(given[1])
     residual = None if residual is None else residual.contiguous()
-    return launch_sparse_linear(values, indices, weight, bias, residual)
+    return launch_sparse_linear(*padded_lists(values, indices), scale, weight, bias, residual)
 
 
 @_sparse_linear.register_fake
-def _(values, indices, weight, bias, residual):
+def _(values, indices, scale, weight, bias, residual):
     return values.new_empty(*values.shape[:-1], weight.shape[1])
 
 
@@ -177,7 +185,5 @@ class TritonSparseLinear:
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
         return refuses(tensors, asked)
 
-    def product(
-        self, values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
-    ) -> Tensor:
-        return _sparse_linear(values, indices, weight, bias, residual)
+    def product(self, kept: Survivors, weights: FloatWeights, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        return _sparse_linear(*kept, weights.values, bias, residual)

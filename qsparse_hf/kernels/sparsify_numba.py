@@ -14,7 +14,7 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from ..modeling.sparsify import FORMS, TorchSparsify, finish
+from ..modeling.sparsify import FORMS, Survivors, TorchSparsify, finish_list
 from ..modeling.sparsity import Selection
 from .numba_base import KINDS, bits_of, kernel, read, refuses, refuses_compiling, threads_for, write
 
@@ -164,7 +164,7 @@ class NumbaSurvivors:
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
         return refuses_compiling(tensors, asked)
 
-    def survivors(self, form: str, inputs: tuple, selection: Selection) -> tuple[Tensor, Tensor]:
+    def survivors(self, form: str, inputs: tuple, selection: Selection) -> Survivors:
         own_norm = form == "rms_norm_topk" and inputs[0].dtype == inputs[1].dtype
         x = _rms_norm(*inputs) if own_norm else FORMS[form](*inputs)
         features = x.shape[-1]
@@ -175,7 +175,8 @@ class NumbaSurvivors:
             kept = bits_of(values).reshape(lists), indices.numpy().reshape(lists)
             block = selection.block_size or features
             _fill_lists(rows, KINDS[x.dtype][1], block, selection.kept_of_block(features), *kept)
-        return finish(values, selection), indices
+        values, scale = finish_list(values, selection)
+        return Survivors(values, indices, scale)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:

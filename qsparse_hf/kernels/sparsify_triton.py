@@ -54,12 +54,12 @@ def _transpose_bits(words, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _join(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
+def join(parts, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """COUNT tensors of a tuple, from FIRST on, joined along new axes: one a bit of their number, the lowest first."""
     if COUNT == 1:
         return parts[FIRST]
     else:
-        return tl.join(_join(parts, FIRST, COUNT // 2), _join(parts, FIRST + COUNT // 2, COUNT // 2))
+        return tl.join(join(parts, FIRST, COUNT // 2), join(parts, FIRST + COUNT // 2, COUNT // 2))
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def _matrix(chunks):
         if C == 32:
             matrix = tl.reshape(chunks[0], [W, 16, 2])
         else:
-            matrix = tl.reshape(_join(chunks, 0, 4), [W, 4, 2, 2, 2])
+            matrix = tl.reshape(join(chunks, 0, 4), [W, 4, 2, 2, 2])
             matrix = tl.permute(matrix, 0, 4, 3, 1, 2)  # W, the chunk's bits, pair
         even, odd = tl.split(matrix.to(tl.uint16, bitcast=True))
         return tl.reshape(even.to(tl.uint32) | (odd.to(tl.uint32) << 16), [W, 16])
@@ -83,7 +83,7 @@ def _matrix(chunks):
         if C == 32:
             matrix = tl.permute(tl.reshape(chunks[0], [W, 16, 2]), 0, 2, 1)
         else:
-            matrix = tl.permute(tl.reshape(_join(chunks, 0, 8), [W, 2, 2, 2, 2, 2]), 0, 2, 5, 4, 3, 1)
+            matrix = tl.permute(tl.reshape(join(chunks, 0, 8), [W, 2, 2, 2, 2, 2]), 0, 2, 5, 4, 3, 1)
         return tl.reshape(matrix.to(tl.uint32, bitcast=True), [W, 32])
 
 
@@ -230,18 +230,16 @@ def _token_max(x, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def _quantize(chunks, largest, DTYPE: tl.constexpr):
-    """Chunks `[W, C]` rounded to multiples of `largest / 127`, as `bitnet.quantize_activations` rounds."""
+def _levels(chunks, inverse):
+    """Chunks `[W, C]` times their token's `inverse [W]`, rounded to whole numbers, half to even; fp32."""
     ROUND: tl.constexpr = 12582912.0  # 1.5 * 2^23: a sum with it has no bits left for a fraction
-    largest = tl.maximum(largest, 1e-5, propagate_nan=tl.PropagateNan.ALL)
-    inverse, step = tl.div_rn(127.0, largest)[:, None], tl.div_rn(largest, 127.0)[:, None]
-    rounded = ()
+    levels = ()
     for j in tl.static_range(len(chunks)):
-        level = (chunks[j].to(tl.float32) * inverse).to(tl.int32, bitcast=True)
+        product = (chunks[j].to(tl.float32) * inverse[:, None]).to(tl.int32, bitcast=True)
         # Fused with the sum, the product would not be rounded, as the reference does, unless it may be something else.
-        level = (level ^ tl.program_id(1)).to(tl.float32, bitcast=True)
-        rounded = rounded + ((((level + ROUND) - ROUND) * step).to(DTYPE),)
-    return rounded
+        product = (product ^ tl.program_id(1)).to(tl.float32, bitcast=True)
+        levels = levels + ((product + ROUND) - ROUND,)
+    return levels
 
 
 @triton.jit
@@ -381,8 +379,24 @@ def sparsify_kernel(
             largest = tl.maximum(largest, tl.max(bits, axis=1))
         largest = _token_max(largest, TOKENS)
     if QUANTIZE:
-        values = _quantize(values, largest.to(tl.float32, bitcast=True), DTYPE)
-    if EPILOGUE == "l2":
+        # 1e-5: `bitnet.LEAST_SCALE`.
+        gamma = tl.maximum(largest.to(tl.float32, bitcast=True), 1e-5, propagate_nan=tl.PropagateNan.ALL)
+        step = tl.div_rn(gamma, 127.0)
+        values = _levels(values, tl.div_rn(127.0, gamma))
+        if COMPACT and EPILOGUE == "none":
+            tl.store(norm_ptr + token, step, mask=first_of_token)
+        if not COMPACT:
+            scaled = ()
+            for j in tl.static_range(32 // C):
+                scaled = scaled + ((values[j] * step[:, None]).to(DTYPE),)
+            values = scaled
+    if EPILOGUE == "l2" and QUANTIZE and COMPACT:
+        squares = tl.zeros([W], tl.float32)
+        for j in tl.static_range(32 // C):
+            squares += tl.sum(values[j] * values[j], axis=1)
+        norm = tl.sqrt_rn(_token_sum(squares, TOKENS))
+        tl.store(norm_ptr + token, tl.where(norm > 0, 1 / norm, step), mask=first_of_token)
+    elif EPILOGUE == "l2":
         # With a power of two that brings the largest near 1, no square over- or underflows.
         exponent = largest >> 23
         scale = (tl.minimum(tl.maximum(254 - exponent, 1), 253) << 23).to(tl.float32, bitcast=True)
@@ -398,10 +412,10 @@ def sparsify_kernel(
     for j in tl.static_range(32 // C):
         if EPILOGUE == "mask":
             value = ((kept[:, None] >> _places(j, C)) & 1) != 0
-        elif EPILOGUE == "l2":
+        elif EPILOGUE == "l2" and not (QUANTIZE and COMPACT):
             value = (values[j].to(tl.float32) * scale[:, None] * inverse[:, None]).to(DTYPE)
         else:
-            value = values[j]
+            value = values[j].to(DTYPE)
         if PRODUCER != "none" or FINISH or not COMPACT:
             tl.store(y_ptr + start[:, None] + columns[j], value, mask=masks[j])
     if COMPACT:
@@ -527,6 +541,16 @@ def is_padded(part: Tensor) -> bool:
     return whole and part.stride() == torch.empty(room, device="meta").stride()
 
 
+def padded_lists(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Survivors' lists `[..., K]` with padded rows: the same where they have such, else copies."""
+    if is_padded(values) and is_padded(indices):
+        return values, indices
+    lists = new_lists(values, values.shape, values.dtype)
+    lists[0].copy_(values)
+    lists[1].copy_(indices)
+    return lists
+
+
 INTERPRETED = not isinstance(sparsify_kernel, triton.JITFunction)
 """Whether the kernels were imported under TRITON_INTERPRET=1, and so run on a CPU."""
 
@@ -620,12 +644,13 @@ def launch_sparsify(
     """Run the kernel over `x [..., D]` into `y`; returns `rstd` and `norm`, fp32 `[...]`, empty where not computed.
 
     `survivors`, lists `[..., K]` from `new_lists`, are filled in where given, for few tokens; `y` is then scratch.
+    Rounded survivors are whole numbers there, and `norm` is what they are to be multiplied by.
     """
     compact = survivors is not None
     features = x.shape[-1]
     norms = producer in NORMS.values()
     rstd = x.new_empty(x.shape[:-1] if norms else 0, dtype=torch.float32)
-    norm = x.new_empty(x.shape[:-1] if epilogue == "l2" else 0, dtype=torch.float32)
+    norm = x.new_empty(x.shape[:-1] if epilogue == "l2" or (compact and quantize) else 0, dtype=torch.float32)
     if x.numel() == 0:
         return rstd, norm
     value = x if epilogue == "mask" else y

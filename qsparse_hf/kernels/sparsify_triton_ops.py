@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..modeling.sparsify import Survivors
 from ..modeling.sparsity import Selection
 from .sparsify_triton import (
     INTERPRETED,
@@ -81,14 +82,15 @@ def _survivors(
     block_size: int | None,
     quantize: bool,
     rescale: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
     dtype = _dtype_of(producer, x, other)
     y = torch.empty_like(x, dtype=dtype)
-    survivors = new_lists(x, _lists_shape(x, keep, block_size), dtype)
+    lists = new_lists(x, _lists_shape(x, keep, block_size), dtype)
     other = None if other is None else other.contiguous()
-    launch_sparsify(x, other, y, keep, block_size, producer, quantize, "l2" if rescale else "none", eps, survivors)
-    return survivors
+    epilogue = "l2" if rescale else "none"
+    _, scale = launch_sparsify(x, other, y, keep, block_size, producer, quantize, epilogue, eps, lists)
+    return *lists, scale
 
 
 def _lists_shape(x: Tensor, keep: int, block_size: int | None) -> tuple[int, ...]:
@@ -174,7 +176,8 @@ def _(gate, up, activation, keep, block_size, quantize, rescale):
 
 @_survivors.register_fake
 def _(x, other, producer, eps, keep, block_size, quantize, rescale):
-    return new_lists(x, _lists_shape(x, keep, block_size), _dtype_of(producer, x, other))
+    lists = new_lists(x, _lists_shape(x, keep, block_size), _dtype_of(producer, x, other))
+    return *lists, _row_values(x, quantize or rescale)
 
 
 @_rescale_backward.register_fake
@@ -265,7 +268,7 @@ class TritonSparsify:
             return "transforms of torch.func do not reach the gradients of its kernels"
         return refuses(tensors, asked)
 
-    def survivors(self, form: str, inputs: tuple, selection: Selection) -> tuple[Tensor, Tensor]:
+    def survivors(self, form: str, inputs: tuple, selection: Selection) -> Survivors:
         x, *others = inputs
         if form == "topk":
             other, producer, eps = None, "none", 0.0
@@ -275,7 +278,8 @@ class TritonSparsify:
         else:
             other, producer = others
             eps = 0.0
-        return _survivors(x, other, producer, eps, *_unpacked(x, selection))
+        values, indices, scale = _survivors(x, other, producer, eps, *_unpacked(x, selection))
+        return Survivors(values, indices, scale[..., None] if selection.quantization == "int8" else None)
 
     def mask(self, x: Tensor, selection: Selection) -> Tensor:
         return _topk_mask(x, selection.kept_of_block(x.shape[-1]), selection.block_size)

@@ -21,16 +21,22 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def int8_levels(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`round(127 x / gamma)` clipped to int8, in at least fp32, and `gamma / 127 [..., 1]`, with `gamma = max|x|`."""
+    wide = _wide(x)
+    largest = wide.abs().amax(dim=-1, keepdim=True).clamp_min(LEAST_SCALE)
+    return (wide * (127 / largest)).round().clamp(-128, 127), largest / 127
+
+
 class _RoundActivations(torch.autograd.Function):
-    """`round(127 x / gamma)` clipped to int8, times `gamma / 127`, whose gradient is that of the identity."""
+    """Levels times their step, whose gradient is that of the identity."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        wide = _wide(x)
-        largest = wide.abs().amax(dim=-1, keepdim=True).clamp_min(LEAST_SCALE)
-        return ((wide * (127 / largest)).round().clamp(-128, 127) * (largest / 127)).to(x.dtype)
+        levels, step = int8_levels(x)
+        return (levels * step).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

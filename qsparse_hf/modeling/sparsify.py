@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, ReLUSquaredActivation, SiLUActivation
 
 from .backend import choose
-from .bitnet import quantize_activations
+from .bitnet import int8_levels, quantize_activations
 from .sparsity import Selection
 
 # Floats of one width order like the integers with the same bits once the sign is dropped: that integer type, and the
@@ -58,6 +58,9 @@ class Survivors(NamedTuple):
     """`[..., K]`, of all blocks of a token together."""
     indices: Tensor
     """`[..., K]`, int32: which feature each was; in an order that depends on the implementation alone."""
+    scale: Tensor | None = None
+    """`[..., 1]`, at least fp32, which the values are still to be multiplied by; None for 1. Rounded values are whole
+    numbers, which a product sums up exactly."""
 
 
 class _Reinterpret(torch.autograd.Function):
@@ -138,6 +141,17 @@ def finish(x: Tensor, selection: Selection) -> Tensor:
     return divide_by_l2_norm(x) if selection.rescale == "l2" else x
 
 
+def finish_list(values: Tensor, selection: Selection) -> tuple[Tensor, Tensor | None]:
+    """`finish` for survivors alone: values, and what they are still to be multiplied by."""
+    if selection.quantization == "none":
+        return finish(values, selection), None
+    levels, scale = int8_levels(values)
+    if selection.rescale == "l2":  # the step is part of the norm, too
+        norm = torch.linalg.vector_norm(levels, dim=-1, keepdim=True)
+        scale = torch.where(norm > 0, 1 / norm, scale)
+    return levels.to(values.dtype), scale
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
     """Root-mean-square normalisation over the last dimension, rounded where Transformers' Llama rounds.
 
@@ -180,8 +194,8 @@ class SurvivorsImplementation(Protocol):
     def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
         """As above."""
 
-    def survivors(self, form: str, inputs: tuple, selection: Selection) -> tuple[Tensor, Tensor]:
-        """Values and indices `[..., K]` of what one of the three forms of the operator keeps."""
+    def survivors(self, form: str, inputs: tuple, selection: Selection) -> Survivors:
+        """What one of the three forms of the operator keeps."""
 
 
 class TorchSparsify:
@@ -207,11 +221,12 @@ class TorchSparsify:
     def glu_topk(self, gate: Tensor, up: Tensor, activation: str, selection: Selection) -> Tensor:
         return self.topk(gated(gate, up, activation), selection)
 
-    def survivors(self, form: str, inputs: tuple, selection: Selection) -> tuple[Tensor, Tensor]:
+    def survivors(self, form: str, inputs: tuple, selection: Selection) -> Survivors:
         x = FORMS[form](*inputs)
         indices = self.mask(x, selection).nonzero()[:, -1].view(*x.shape[:-1], selection.kept(x.shape[-1]))
         values = x.gather(-1, indices)
-        return finish(values, selection), indices.int()
+        values, scale = finish_list(values, selection)
+        return Survivors(values, indices.int(), scale)
 
 
 FORMS: dict[str, Callable[..., Tensor]] = {"topk": lambda x: x, "rms_norm_topk": rms_norm, "glu_topk": gated}
@@ -251,7 +266,7 @@ def select(
         selection = replace(selection, sparsity=0, block_size=None)
     if implementation is None:
         with torch.no_grad():
-            return Survivors(*choose(SURVIVORS, tensors, backend).survivors(form, inputs, selection))
+            return choose(SURVIVORS, tensors, backend).survivors(form, inputs, selection)
     if selection.ste:
         return getattr(implementation, form)(*inputs, selection)
     x = FORMS[form](*inputs)
