@@ -58,6 +58,7 @@ EXPECTED = {
     "pretrain_tiny": (8 * 256, 200, 3e-3, 0, 0.1, 1, [("quickstart/train.jsonl", TEXT, None)]),
     "pretrain_bitnet_tiny": (8 * 256, 200, 3e-3, 0, 0.1, 1, [("quickstart/train.jsonl", TEXT, None)]),
     "continue_tiny": (8 * 256, 100, 1e-3, 0, 0.1, 1, [("quickstart/train.jsonl", TEXT, None)]),
+    "continue_tiny_ternary": (8 * 256, 100, 3e-3, 0, 0.1, 1, [("quickstart/train.jsonl", TEXT, None)]),
     "sft_tiny": (8 * 256, 60, 1e-3, 0, 0, 1, [("quickstart/questions.jsonl", PAIRS, None)]),
     "sft_tiny_lora": (8 * 256, 60, 3e-3, 0, 0, 1, [("quickstart/questions.jsonl", PAIRS, None)]),
 }
