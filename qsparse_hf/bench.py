@@ -35,22 +35,29 @@ from .checkpoint import DTYPES
 from .configuration import check_config
 from .decode.prepare import layer_groups, why_not_prepared
 from .decode.sparse_linear import sparse_linear
+from .decode.weights import TernaryWeights, Weights
 from .errors import UserError, check_writable, user_errors
 from .loading import find_device
 from .measure import captured, interleaved, medians, print_table, write_json
-from .modeling.configuration_qsparse import GROUPS, QSparseConfigMixin
+from .modeling.bitnet import PackedLinear
+from .modeling.configuration_qsparse import GROUPS, QSPARSE_FIELDS, QSparseConfigMixin
 from .modeling.modeling_qsparse import QSparsePreTrainedModel
 from .modeling.sparsify import Sparsify, Survivors, select
 from .modeling.sparsity import check_sparsity
-from .registration import FAMILIES
+from .registration import FAMILIES, projection_groups_of
 from .report import count_parameters
 
 T = TypeVar("T")
 
 _PAST_CACHES = 400 << 20
 """Bytes of weights of which no cache holds a part worth mentioning when they are read in turns."""
-SPARSITIES = (0.4, 0.5, 0.6, 0.75)
-"""What is measured where neither the user nor a model's configuration names a sparsity."""
+SPARSITIES = {"float": (0.4, 0.5, 0.6, 0.75), "ternary": (0, 0.5, 0.6)}
+"""What is measured, by how weights are stored, where neither the user nor a model's configuration names a sparsity."""
+_TERNARY = {
+    "weight_quantization": "ternary",
+    "activation_quantization": "int8",
+    "quantization_config": {"quant_method": "bitnet", "linear_class": "bitlinear"},
+}
 
 _LLAMA_2_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32}
 _LLAMA_3_8B = _LLAMA_2_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
@@ -62,6 +69,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"hidden_size": 2048, "intermediate_size": 5504, "num_attention_heads": 32, "num_hidden_layers": 24},
     ),
+    "bitnet-2b": ("bitnet", {}),  # BitNet b1.58 2B4T, which Transformers' defaults describe
     "70b-slice": (  # as wide as a Llama-2-70B, 8 of its 80 layers
         "llama",
         {
@@ -87,7 +95,7 @@ class _Clock(LogitsProcessor):
         return scores
 
 
-def _configs(name: str) -> tuple[PreTrainedConfig, QSparseConfigMixin, bool]:
+def _configs(name: str, weights: str) -> tuple[PreTrainedConfig, QSparseConfigMixin, bool]:
     """The dense config of a shape, folder, file or Hub id, its Q-Sparse twin, and whether that is what is there."""
     is_sparse = False
     if name in SHAPES:
@@ -105,7 +113,9 @@ def _configs(name: str) -> tuple[PreTrainedConfig, QSparseConfigMixin, bool]:
         for key in ("architectures", "transformers_version", "auto_map"):
             fields.pop(key, None)
         fields["use_cache"] = True  # training turns it off, and that is saved
-    dense = {key: value for key, value in fields.items() if not key.startswith("sparsity")}
+    if weights == "ternary":
+        fields |= _TERNARY
+    dense = {key: value for key, value in fields.items() if key not in (*QSPARSE_FIELDS, "quantization_config")}
     return AutoConfig.for_model(model_type, **dense), FAMILIES[model_type].config(**fields), is_sparse
 
 
@@ -126,7 +136,17 @@ def _check_memory(name: str, config: PreTrainedConfig, device: torch.device, dty
 def _random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> Any:
     """A causal LM; `Any`, as Transformers annotates `generate` for a protocol that none of its models meets."""
     with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module.weight.copy_(_random_codes(module.weight.shape))
+    return model
+
+
+def _random_codes(shape: Sequence[int]) -> Tensor:
+    """Packed ternary weights, uint8: any of the 81 bytes that hold four of them."""
+    legal = [byte for byte in range(256) if all(byte >> shift & 3 < 3 for shift in (0, 2, 4, 6))]
+    return torch.tensor(legal, dtype=torch.uint8)[torch.randint(len(legal), tuple(shape))]
 
 
 def _set_sparsity(model: QSparsePreTrainedModel, sparsity: float | None) -> None:
@@ -136,6 +156,25 @@ def _set_sparsity(model: QSparsePreTrainedModel, sparsity: float | None) -> None
         if isinstance(module, Sparsify) and sparsity is not None:
             module.configure(replace(module.configured, sparsity=sparsity))
     model.prepare_for_decode()
+
+
+def _bytes_a_token(model: Any) -> int:
+    """Bytes of weights that a model reads for a token of its one sequence: of kept features alone if it is prepared."""
+    head = model.get_output_embeddings().weight.nbytes
+    if not getattr(model, "is_prepared", False):
+        groups = projection_groups_of(model.config).values()
+        paths = [path for group in groups for path in group.linears]
+        return head + sum(layer.get_submodule(path).weight.nbytes for layer in model.model.layers for path in paths)
+    for _, selector, linears in layer_groups(model):
+        features = next(iter(linears.values())).in_features
+        share = selector.selection.kept(features) / features if selector.few else 1
+        head += round(share * sum(linear.weight.nbytes for linear in linears.values()))
+    return head
+
+
+def _size_of(model: PreTrainedModel) -> int:
+    """Bytes of a model's weights."""
+    return sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
 
 
 def _overall_sparsity(model: QSparsePreTrainedModel) -> float:
@@ -251,6 +290,8 @@ def _decode_rows(
                 times["whole"][name].append(whole)
         row: dict[str, Any] = {"sparsity": _overall_sparsity(sparse) if sparsity is None else sparsity}
         row |= {"as_it_is": sparsity is None, "sequences": sequences, "prompt": prompt_length, **times}
+        row["bytes_a_token"] = {name: _bytes_a_token(model) for name, (model, _) in runs.items()}
+        row["bytes"] = {name: _size_of(model) for name, (model, _) in runs.items()}
         if dense_step is not None and sparse_cache is not None:
             steps = {"dense": dense_step, "sparse": _graph_step(sparse_cache)}
             row["step"] = interleaved(steps, 3 * rounds)
@@ -258,8 +299,12 @@ def _decode_rows(
         yield row
 
 
-def _copy_bandwidth(device: torch.device) -> float:
-    """Bandwidth of a copy on a GPU in bytes a second, reading and writing counted."""
+def _bandwidth(device: torch.device) -> float:
+    """Bytes a second: of a copy on a GPU, reading and writing counted; of a sum on a CPU, where a copy reads more."""
+    if device.type == "cpu":
+        numbers = torch.zeros(64 << 20)
+        times = interleaved({"sum": numbers.sum}, 7)
+        return numbers.nbytes / (medians(times)["sum"] * 1e-6)
     source = torch.empty(128 << 20, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
 
@@ -285,21 +330,24 @@ def _product_rows(
     and for weights that fit a GPU's caches.
     """
     sparse = _random_model(config, torch.device("meta"), dtype)
-    on_gpu = device.type == "cuda"
-    bandwidth = _copy_bandwidth(device) if on_gpu else None
+    on_gpu, is_ternary = device.type == "cuda", config.weight_quantization == "ternary"
+    bandwidth = _bandwidth(device) if on_gpu else None
     groups = list(layer_groups(sparse))[: len(GROUPS)]
     for group, (_, selector, linears) in zip(GROUPS, groups, strict=True):
         features = next(iter(linears.values())).in_features
         sizes = [linear.out_features for linear in linears.values()]
         size = features * sum(sizes) * dtype.itemsize
         copies = min(max(2, -(-_PAST_CACHES // size)), 64)
-        weights = [torch.randn(features, sum(sizes), device=device, dtype=dtype) for _ in range(copies)]
-        usual = [part.t().contiguous() for weight in weights for part in weight.split(sizes, dim=1)]
+        usual = [torch.randn(size, features, device=device, dtype=dtype) for _ in range(copies) for size in sizes]
+        weights = [
+            _weights(usual[first : first + len(sizes)], is_ternary) for first in range(0, len(usual), len(sizes))
+        ]
+        rows = features * sum(sizes) // 4 if is_ternary else size
         x = torch.randn(1, 1, features, device=device, dtype=dtype)
         own = statistics.mean(config.selection(group, layer).sparsity for layer in range(config.num_hidden_layers))
         for chosen in sparsities:
             sparsity = own if chosen is None else chosen
-            if sparsity == 0:
+            if sparsity == 0 and not is_ternary:
                 continue
             selection = replace(selector.configured, sparsity=sparsity)
             survivors = partial(select, "topk", selection=selection, compact=True)
@@ -314,7 +362,7 @@ def _product_rows(
                 functions = {name: captured(function, 1) for name, function in functions.items()}
             times = interleaved(functions, rounds, copies)
             median = medians(times)
-            reading = {"dense": size, "sparse": size * kept.values.shape[-1] / features}
+            reading = {"dense": size, "sparse": rows * kept.values.shape[-1] / features}
             past_caches = bandwidth is not None and copies * size >= _PAST_CACHES
             shares = {
                 name: count / (median[name] * 1e-6) / bandwidth if past_caches and bandwidth else None
@@ -330,6 +378,14 @@ def _product_rows(
                 "copy_bytes_per_second": bandwidth,
             }
         del weights, usual
+
+
+def _weights(linears: Sequence[Tensor], is_ternary: bool) -> Tensor | Weights:
+    """Weights `[N, D]` of linears side by side, input-major."""
+    if not is_ternary:
+        return torch.cat([weight.t() for weight in linears], dim=1)
+    packed = [_random_codes((len(weight) // 4, weight.shape[1])).to(weight.device) for weight in linears]
+    return TernaryWeights.of(packed, [torch.ones(1, device=weight.device) for weight in linears])
 
 
 def _each(function: Callable[[T], object], inputs: Iterable[T]) -> None:
@@ -357,6 +413,7 @@ def bench_decode(
     new_tokens: int = 64,
     rounds: int = 5,
     threads: int | None = None,
+    weights: str = "float",
     output: str | Path | None = None,
 ) -> list[dict]:
     """Measure and print; returns the rows that are also written as JSON, with every time in microseconds.
@@ -371,6 +428,8 @@ def bench_decode(
         new_tokens: decoded in each measurement.
         rounds: measurements of each, in turns.
         threads: CPU threads; None for PyTorch's default.
+        weights: "ternary" gives the Q-Sparse model packed ternary weights and int8 activations; "float" leaves it as
+            its configuration has it.
         output: a JSON file for all rows, rewritten after each.
 
     Raises:
@@ -383,8 +442,9 @@ def bench_decode(
             check_sparsity(sparsity)
         except ValueError as error:
             raise UserError(str(error)) from error
-    if dtype not in DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    for option, word, allowed in (("dtype", dtype, DTYPES), ("weights", weights, SPARSITIES)):
+        if word not in allowed:
+            raise UserError(f"{option} must be one of {', '.join(allowed)}, got {word!r}")
     least = [("new_tokens", 8, new_tokens), ("rounds", 1, rounds), ("threads", 1, 1 if threads is None else threads)]
     least += [("batch", 1, batch) for batch in batches] + [("prompt", 1, prompt) for prompt in prompts]
     for name, smallest, value in least:
@@ -393,11 +453,11 @@ def bench_decode(
     place = find_device(device)
     if output is not None:
         check_writable(output)
-    configs = {name: _configs(name) for name in models}
+    configs = {name: _configs(name, weights) for name in models}
     for name, (dense_config, _, _) in configs.items():
         _check_memory(name, dense_config, place, DTYPES[dtype])
     chosen: dict[str, list[float | None]] = {
-        name: [None, *sparsities] if is_sparse else [*(sparsities or SPARSITIES)]
+        name: [None, *sparsities] if is_sparse else [*(sparsities or SPARSITIES[weights])]
         for name, (_, _, is_sparse) in configs.items()
     }
     results: list[dict] = []
@@ -442,6 +502,11 @@ def bench_decode(
             print("the step alone, without the host's work; its energy, if the package nvidia-ml-py can read it")
             heading += ["step: dense", "sparse", "faster", "mJ: dense", "sparse"]
         print_table(heading, decoded())
+        bandwidth = _bandwidth(place)
+        print(
+            f"\nwhat a token reads; share of the time that it takes of what this takes at {bandwidth / 1e9:,.1f} GB/s"
+        )
+        print_table(["model", "batch", "prompt", "S", *_READING], _reading(results, bandwidth))
         print("\nproducts of one token, us", end="")
         share = ["share"] if place.type == "cuda" else []
         print(
@@ -469,6 +534,20 @@ def tokens_per_second(model: PreTrainedModel, prompt: int = 32, new_tokens: int 
         _generate(model, ids, 8, cache)  # compiles
         times = [_generate(model, ids, new_tokens, cache)[0] for _ in range(rounds)]
     return 1e6 / statistics.median(times)
+
+
+_READING = ["GB: dense", "sparse", "MB a token: dense", "sparse", "share: dense", "sparse"]
+
+
+def _reading(rows: Iterable[dict], bandwidth: float) -> Iterator[list[str]]:
+    """Sizes of both models, what a token reads of them, and how near its time is to that of reading alone."""
+    for row in rows:
+        median = medians(row.get("step") or row["generate"])
+        reads = row["bytes_a_token"]
+        shares = [_percent(reads[name] / bandwidth / (median[name] * 1e-6)) for name in reads]
+        sizes = [f"{size / 1e9:.2f}" for size in row["bytes"].values()]
+        megabytes = [f"{each / 1e6:,.0f}" for each in reads.values()]
+        yield [row["model"], row["sequences"], row["prompt"], _sparsity_of(row), *sizes, *megabytes, *shares]
 
 
 def _sparsity_of(row: dict) -> str:

@@ -20,19 +20,24 @@ _TEXT = 'files, folders or globs of text, JSONL, parquet or CSV, or {"dataset": 
 def convert(arguments: argparse.Namespace) -> None:
     from .conversion import convert_checkpoint
 
+    fields = {
+        "sparsity": arguments.sparsity,
+        "sparsity_per_projection": dict(arguments.per_projection) or None,
+        "sparsity_block_size": arguments.block_size,
+        "sparsity_rescale": arguments.rescale,
+        "activation_quantization": arguments.activations,
+    }
     plan = convert_checkpoint(
         arguments.source,
         arguments.output,
+        weights=arguments.weights,
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
         overwrite=arguments.overwrite,
         dry_run=arguments.dry_run,
         revision=arguments.revision,
         gguf_file=arguments.gguf_file,
-        sparsity=arguments.sparsity,
-        sparsity_per_projection=dict(arguments.per_projection) or None,
-        sparsity_block_size=arguments.block_size,
-        sparsity_rescale=arguments.rescale,
+        **{name: value for name, value in fields.items() if value is not None},
     )
     print(("would write " if arguments.dry_run else "wrote ") + str(plan))
 
@@ -189,12 +194,25 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = verb(
         convert,
-        "Make a Q-Sparse checkpoint from a dense one: Llama, Mistral, Qwen2, Qwen3, Phi-3 or Gemma 3 (text).",
-        "qsparse convert mistralai/Mistral-7B-v0.1 mistral-7b-qsparse --sparsity 0.5 --per-projection o=0.4 down=0.6",
+        "Make a Q-Sparse checkpoint from a dense one: Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma 3 (text) or BitNet; "
+        "or write a Q-Sparse one's weights in another form.",
+        "qsparse convert mistralai/Mistral-7B-v0.1 mistral-7b-qsparse --sparsity 0.5 --per-projection o=0.4 down=0.6\n"
+        "  qsparse convert runs/trained-ternary my-packed-model --weights packed",
     )
-    p.add_argument("source", help="folder or Hub id of the dense checkpoint, or a GGUF file")
+    p.add_argument("source", help="folder or Hub id of the checkpoint, or a GGUF file")
     p.add_argument("output", help="folder to write")
-    p.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros, 0 <= S < 1 (default %(default)s)")
+    p.add_argument(
+        "--weights",
+        help="form of the projections' weights: ternary (in full precision, quantized in every product: to train), "
+        "packed (two bits each) or plain (ordinary floats); ternary weights are -1, 0 and 1 times a scale "
+        "(default: as they are)",
+    )
+    p.add_argument("--activations", help="none, or int8 to round the projections' inputs (default: as they are)")
+    p.add_argument(
+        "--sparsity",
+        type=float,
+        help="fraction of zeros, 0 <= S < 1 (default 0.5; a Q-Sparse source keeps what is not said)",
+    )
     p.add_argument(
         "--per-projection",
         type=_group_ratio,
@@ -205,7 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="other ratios for qkv, o, gate_up or down; S is one number, or one per layer joined by commas",
     )
     p.add_argument("--block-size", type=int, metavar="M", help="top-K inside every M features (default: over all)")
-    p.add_argument("--rescale", default="none", help="none or l2 (default %(default)s; converted weights want none)")
+    p.add_argument("--rescale", help="none or l2 (default none, which converted weights want)")
     p.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as in the source)")
     p.add_argument("--max-shard-size", default="5GB", help="largest weight file (default %(default)s)")
     p.add_argument("--gguf-file", metavar="NAME", help="the GGUF file to take of those in the source")
@@ -304,7 +322,7 @@ def build_parser() -> argparse.ArgumentParser:
         bench,
         "Measure how fast models of random weights decode, dense and sparse, and each of their products.",
         "qsparse bench decode --models llama-2-7b --sparsities 0.5 0.75 --output decode.json\n"
-        "  qsparse bench decode --device cpu --models 1b --threads 2",
+        "  qsparse bench decode --device cpu --models 1b --weights ternary --threads 2",
     )
     p.add_argument("what", choices=["decode"], help="what to measure")
     p.add_argument(
@@ -312,15 +330,22 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["llama-2-7b"],
         metavar="MODEL",
-        help="llama-2-7b, llama-3-8b, mistral-7b, 1b, 70b-slice, or a config or checkpoint whose config it takes "
-        "(default: llama-2-7b)",
+        help="llama-2-7b, llama-3-8b, mistral-7b, 1b, 70b-slice, bitnet-2b, or a config or checkpoint whose config it "
+        "takes (default: llama-2-7b)",
     )
     p.add_argument(
         "--sparsities",
         nargs="+",
         type=float,
         metavar="S",
-        help="(default: a Q-Sparse model as it is, any other at 0.4, 0.5, 0.6 and 0.75)",
+        help="(default: a Q-Sparse model as it is, any other at 0.4, 0.5, 0.6 and 0.75, and with ternary weights at 0, "
+        "0.5 and 0.6)",
+    )
+    p.add_argument(
+        "--weights",
+        choices=["float", "ternary"],
+        default="float",
+        help="ternary: the sparse model with packed ternary weights and int8 activations (default: as it is)",
     )
     p.add_argument("--batches", nargs="+", type=int, default=[1], metavar="N", help="sequences at once (default: 1)")
     p.add_argument("--prompts", nargs="+", type=int, default=[32], metavar="N", help="their tokens (default: 32)")

@@ -24,7 +24,8 @@ from .evaluation import (
 from .generate import answer_prompts, read_prompts
 from .loading import check_dtype, find_base, find_device, load_checkpoint
 from .measure import print_table, write_json
-from .report import count_parameters, short_count
+from .modeling.bitnet import CODES_IN_A_BYTE, PackedLinear
+from .report import count_parameters, count_weights, short_count
 from .results import table_cell
 
 
@@ -103,16 +104,18 @@ def compare_checkpoints(
 def _cost(name: str, model: PreTrainedModel) -> dict[str, Any]:
     """What a token costs, as JSON takes it; for parameters of projections None where the family is not known."""
     projections, activated = count_parameters(model)
-    unread = (projections - activated) * model.dtype.itemsize
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    held = [*model.parameters(), *(buffer for linear in packed for buffer in linear.buffers())]
+    unread = (projections - activated) * (1 / CODES_IN_A_BYTE if packed else model.dtype.itemsize)
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:  # of which one row is read
         unread += embedding.weight.nbytes
     return {
-        "parameters": model.num_parameters(),
+        "parameters": count_weights(model),
         "projection_parameters": projections or None,
         "activated_parameters": activated or None,
-        "bytes_read_per_token": sum(parameter.nbytes for parameter in model.parameters()) - unread,
+        "bytes_read_per_token": round(sum(tensor.nbytes for tensor in held) - unread),
         "bytes_on_disk": _size_on_disk(name),
         "tokens_per_second": tokens_per_second(model),
     }

@@ -1,5 +1,7 @@
 """A dense checkpoint becomes a Q-Sparse one: same weights, same keys, other configuration.
 
+Or its projections' weights take on another of the forms in `weights`, which those of a Q-Sparse checkpoint may do too.
+
 Tensors go from safetensors to safetensors one output shard at a time, so the memory it takes is one shard's, whatever
 the model's size. The output is written beside its place and renamed into it when it is whole.
 """
@@ -15,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -47,10 +49,11 @@ from .configuration import check_fields
 from .errors import UserError, check_source, one_line, shortened, user_errors
 from .gguf_file import GGUFFile
 from .model_card import find_origin, keeps_card, write_card
-from .modeling.configuration_qsparse import QSPARSE_FIELDS, QSparseConfigMixin
+from .modeling.configuration_qsparse import QSPARSE_FIELDS, QSparseConfigMixin, is_bitnet, packed_layout
 from .modeling.modeling_qsparse import declare_auto_model
 from .registration import FAMILIES
-from .report import count_parameters
+from .report import count_parameters, count_weights
+from .weights import FORMS, Rewritten, as_floats, check_rows, fields_of, form_of, projection_names, rewritten
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +80,7 @@ class ConversionPlan:
         config: the Q-Sparse configuration.
         shards: which tensors go to which file.
         size: bytes of all weights.
+        projection_size: bytes of the weights of the linear projections, and of their scales where they are packed.
         parameters: of the whole model.
         projection_parameters: weights of the linear projections, the paper's `N`.
         activated_parameters: those of them that a token reads, the paper's `Na`.
@@ -86,6 +90,7 @@ class ConversionPlan:
     config: QSparseConfigMixin
     shards: StateDictSplit
     size: int
+    projection_size: int
     parameters: int
     projection_parameters: int
     activated_parameters: int
@@ -93,11 +98,14 @@ class ConversionPlan:
     def __str__(self) -> str:
         files = len(self.shards.filename_to_tensors)
         share = self.activated_parameters / self.projection_parameters
+        form = "" if self.config.weight_quantization == "none" else f"{form_of(self.config)}, "
+        bits = 8 * self.projection_size / self.projection_parameters
         return "\n".join(
             (
                 f"{self.output}: {self.config.model_type}, {_size(self.size)} in {files} file(s)",
                 f"  parameters            {self.parameters:>16,}",
-                f"  in the projections    {self.projection_parameters:>16,}",
+                f"  in the projections    {self.projection_parameters:>16,}  "
+                f"({form}{bits:.2f} bits each, {_size(self.projection_size)})",
                 f"  activated by a token  {self.activated_parameters:>16,}  ({share:.1%})",
             )
         )
@@ -107,6 +115,7 @@ def convert_checkpoint(
     source: str | os.PathLike,
     output: str | os.PathLike,
     *,
+    weights: str | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
@@ -116,7 +125,16 @@ def convert_checkpoint(
     calibrated: Mapping[str, float] | None = None,
     **fields,
 ) -> ConversionPlan:
-    """Write the Q-Sparse twin of a dense checkpoint.
+    """Write the Q-Sparse twin of a dense checkpoint, or a Q-Sparse one with its weights in another form.
+
+    A dense checkpoint may be a BitNet one in Transformers' format, of any of the families: its weights are then ternary
+    already, and its activations rounded to int8, as Transformers' layers do. Of a Q-Sparse checkpoint, what `fields`
+    do not say stays.
+
+    Packed and plain weights have the same codes and the same scales, as far as `dtype` holds these: bfloat16 rounds
+    them. Ternary weights that are made of such have a mean magnitude which is their scale again, to one rounding of
+    `dtype`. The bias of a BitNet checkpoint is taken as it is, where Transformers' `autobitlinear` in its offline mode
+    would multiply it with the scale.
 
     A GGUF file is dequantised by Transformers, all of it in memory: twice the size of what is written. It carries no
     name of the family that llama.cpp does not tell from Llama, so that a Mistral becomes a Q-Sparse Llama, the same
@@ -125,8 +143,11 @@ def convert_checkpoint(
     Args:
         source: a local folder, or the id of a Hub repository, with safetensors weights; or a `.gguf` file.
         output: the folder to write; it appears whole or not at all.
+        weights: the form of the projections' weights: `"ternary"`, in full precision and quantized in every product, to
+            train; `"packed"`, two bits each; `"plain"`, ordinary floats, which everything reads. None leaves them as
+            they are, and refuses a Q-Sparse source.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; None keeps each tensor's own, and takes bfloat16 for a
-            quantised GGUF file.
+            quantised GGUF file, and for weights that are packed what most others have.
         max_shard_size: bytes, or a size like `"5GB"`; also the most memory that weights take here.
         overwrite: replace `output` if it exists.
         dry_run: look and plan, write nothing; of a Hub repository only the configuration is fetched.
@@ -144,6 +165,8 @@ def convert_checkpoint(
     source, output = str(source), Path(output)
     if unknown := sorted(set(fields) - set(QSPARSE_FIELDS)):
         raise UserError(f"unknown field {unknown[0]!r}; allowed are {', '.join(QSPARSE_FIELDS)}")
+    if weights is not None and weights not in FORMS:
+        raise UserError(f"weights must be one of {', '.join(FORMS)}, got {weights!r}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     limit = _shard_limit(max_shard_size)
@@ -158,9 +181,13 @@ def convert_checkpoint(
             gguf.describe(folder := Path(described))
         else:
             folder = Path(source) if os.path.isdir(source) else _download_config(source, revision)
-        dense, config = _configs(folder, fields)
-        model = _empty_model(config, source)
-        expected = model.state_dict()
+        dense, plain, config, form = _configs(folder, weights, fields)
+        model = _empty_model(plain, source)
+        names = projection_names(config)
+        if config.packed_as is not None:
+            check_rows(names, model, source)
+        written_model = _empty_model(config, source)
+        expected = written_model.state_dict()
         if dry_run and (gguf is not None or not os.path.isdir(source)):
             untied = [name for name in expected if name not in model.all_tied_weights_keys]
             dtypes = dict.fromkeys(untied, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
@@ -175,33 +202,42 @@ def convert_checkpoint(
                 dense.name_or_path = source  # which decides on some tokenizers' class
                 tokenizer_config, code = _describe_tokenizer(folder, dense)
             check_layers(config.num_hidden_layers, tensors, folder)
-            held = match_tensors(tensors, model, folder)
-            dtypes = {name: HEADER_DTYPES[tensor.dtype] for name, tensor in held.items()}
+            if form.packed_as is not None:
+                tensors = as_floats(tensors, config, form.packed_as, folder)
+            matched = match_tensors(tensors, model, folder)
+            held: Mapping[str, StoredTensor | Rewritten] = matched
+            if weights is not None or form.packed_as is not None:
+                held = rewritten(matched, names, form_of(config), trained=form.name == "ternary")
+            dtypes = {name: HEADER_DTYPES[held[name].dtype] for name in expected if name in held}
         written = {
-            name: torch.empty_like(expected[name], dtype=DTYPES[dtype] if dtype else held_dtype)
-            for name, held_dtype in dtypes.items()
+            name: torch.empty_like(
+                expected[name], dtype=_written_dtype(expected[name], DTYPES[dtype] if dtype else found, name)
+            )
+            for name, found in dtypes.items()
         }
         config.architectures = [type(model).__name__]
         config.dtype = _main_dtype(written.values())
-        declare_auto_model(model)
+        declare_auto_model(written_model)
         shards = split_torch_state_dict_into_shards(written, max_shard_size=limit)
         total, activated = count_parameters(model)
+        of_projections = {f"{name}.{part}" for name in names for part in ("weight", "weight_scale")}
+        stored = sum(tensor.nbytes for name, tensor in written.items() if name in of_projections)
         plan = ConversionPlan(
-            output, config, shards, shards.metadata["total_size"], model.num_parameters(), total, activated
+            output, config, shards, shards.metadata["total_size"], stored, count_weights(model), total, activated
         )
         if dry_run:
             return plan
 
         with _staging(output, overwrite, plan.size) as staging:
             _write_weights(staging, held, written, shards)
-            custom_object_save(model, staging, config=config)  # type: ignore[arg-type]  # no dict, as it allows
+            custom_object_save(written_model, staging, config=config)  # type: ignore[arg-type]  # no dict, as it allows
             _copy({*code, *(file for pattern in COMPANIONS for file in folder.glob(pattern))}, folder, staging)
             if tokenizer_config:
                 (staging / TOKENIZER_CONFIG).write_text(json.dumps(tokenizer_config, indent=2) + "\n")
             if keeps_card(output):  # a person's, of the folder that is replaced
                 shutil.copy(output / REPOCARD_NAME, staging)
             origin = find_origin(source, folder if gguf is None else None)
-            write_card(staging, model, origin, name=output.resolve().name, calibrated=calibrated)
+            write_card(staging, written_model, origin, name=output.resolve().name, calibrated=calibrated)
             config.save_pretrained(staging)  # last: a folder without it does not load
     return plan
 
@@ -252,23 +288,46 @@ def _check_target(output: Path, source: Path, overwrite: bool) -> None:
         raise UserError(f"{output} exists already; remove it or pass overwrite=True (--overwrite)")
 
 
-def _configs(folder: Path, fields: dict[str, Any]) -> tuple[PreTrainedConfig, QSparseConfigMixin]:
-    """The dense configuration in `folder`, and its Q-Sparse twin with `fields`."""
+class _Form(NamedTuple):
+    """How a source holds the weights of its projections."""
+
+    name: str
+    """One of `FORMS`."""
+    packed_as: str | None
+    """Of Transformers' BitNet layers, the one whose layout packed weights have."""
+
+
+class _Source(NamedTuple):
+    """What a source's `config.json` says, and what comes of it."""
+
+    dense: PreTrainedConfig
+    plain: QSparseConfigMixin
+    """The Q-Sparse configuration without quantized weights, for names and shapes."""
+    config: QSparseConfigMixin
+    """The one that is written."""
+    form: _Form
+
+
+def _configs(folder: Path, weights: str | None, fields: dict[str, Any]) -> _Source:
+    """The dense configuration in `folder`, or that of the Q-Sparse model there, and its Q-Sparse twin with `fields`."""
     path = folder / CONFIG
     if not os.path.isfile(path):
         raise UserError(f"{path} is missing: {folder} is not a Transformers checkpoint")
     described = read_json(path)
     model_type = described.get("model_type")
-    if model_type not in list(FAMILIES):
-        hint = "; it is Q-Sparse already" if str(model_type).startswith("qsparse") else ""
+    dense_type = str(model_type).removeprefix("qsparse_")
+    is_sparse = dense_type != model_type and dense_type in FAMILIES
+    if dense_type not in FAMILIES or (is_sparse and weights is None):
+        hint = "; it is Q-Sparse already"
+        hint += ", and --weights writes it in another form" if is_sparse else ""
+        hint = hint if str(model_type).startswith("qsparse") else ""
         raise UserError(f"{path}: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}{hint}")
-    if described.get("quantization_config"):
-        raise UserError(f"{path}: a quantized checkpoint cannot be converted; give the original weights")
+    form, own = _form(path, described, is_sparse)
     if leads := [key for key in ("configuration_files", "transformers_weights") if described.get(key)]:
         raise UserError(f"{path}: {leads[0]} leads to other files than the ones converted here; remove the key")
     check_fields(path, described)
     described = {key: value for key, value in described.items() if key not in _NOT_TAKEN}
-    family = FAMILIES[model_type].config
+    family = FAMILIES[dense_type].config
     names = {field.name for field in dataclasses.fields(family)}
     for key in [key for key in described if key not in names and hasattr(family, key)]:
         held = getattr(family, key)
@@ -277,11 +336,39 @@ def _configs(folder: Path, fields: dict[str, Any]) -> tuple[PreTrainedConfig, QS
         if held.fset is None:  # Transformers computes it
             del described[key]
     with user_errors(path):
-        dense = AutoConfig.for_model(model_type, **described)
-        taken = {key: value for key, value in dense.to_dict().items() if key not in _NOT_TAKEN}
+        dense = AutoConfig.for_model(dense_type, **described)
+        taken = {key: value for key, value in dense.to_dict().items() if key not in _NOT_TAKEN} | own
         family(**taken).to_json_string()  # what cannot be written is said now
+    written_as = fields_of(weights or form.name)
+    if (asked := fields.pop("weight_quantization", None)) not in (None, written_as["weight_quantization"]):
+        if weights is not None or asked != "ternary":
+            raise UserError(f"weight_quantization {asked!r} is not that of {weights or form.name} weights")
+        written_as = fields_of("ternary")
     with user_errors("the sparsity asked for"):  # no mistake of the file's
-        return dense, family(**taken | fields)
+        plain = family(**taken | fields | fields_of("plain"))
+        return _Source(dense, plain, family(**taken | fields | written_as), form)
+
+
+def _form(path: Path, described: dict[str, Any], is_sparse: bool) -> tuple[_Form, dict[str, Any]]:
+    """How the weights are held that the configuration in `path` describes, and the Q-Sparse fields of their model.
+
+    `described` loses both.
+    """
+    own = {name: described.pop(name) for name in QSPARSE_FIELDS if is_sparse and name in described}
+    quantization = described.pop("quantization_config", None)
+    if quantization:
+        if not is_bitnet(quantization):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise UserError(
+                f"{path}: a checkpoint quantized by {shortened(repr(method))} cannot be converted, one by 'bitnet' "
+                "can; give the original weights"
+            )
+        with user_errors(path):
+            packed_as = packed_layout(quantization)
+        if not is_sparse:
+            own["activation_quantization"] = "int8"  # as Transformers' layers do
+        return _Form("ternary" if packed_as is None else "packed", packed_as), own
+    return _Form("ternary" if own.get("weight_quantization") == "ternary" else "plain", None), own
 
 
 def _empty_model(config: QSparseConfigMixin, source: str) -> PreTrainedModel:
@@ -334,16 +421,25 @@ def _copy(files: Iterable[Path], folder: Path, target: Path) -> None:
             shutil.copy(file, place)
 
 
+def _written_dtype(tensor: torch.Tensor, floats: torch.dtype, name: str) -> torch.dtype:
+    """That of `tensor` where the form of weights decides on it, as on codes and scales, and `floats` for all others."""
+    return tensor.dtype if not tensor.is_floating_point() or name.endswith(".weight_scale") else floats
+
+
 def _main_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
-    """The dtype of most parameters, which is what `dtype="auto"` loads a checkpoint in."""
+    """The dtype of most parameters, packed ones left out, which is what `dtype="auto"` loads a checkpoint in."""
     parameters: Counter[torch.dtype] = Counter()
     for tensor in tensors:
-        parameters[tensor.dtype] += tensor.numel()
+        if tensor.is_floating_point():
+            parameters[tensor.dtype] += tensor.numel()
     return parameters.most_common(1)[0][0]
 
 
 def _write_weights(
-    staging: Path, held: dict[str, StoredTensor], written: dict[str, torch.Tensor], shards: StateDictSplit
+    staging: Path,
+    held: Mapping[str, StoredTensor | Rewritten],
+    written: dict[str, torch.Tensor],
+    shards: StateDictSplit,
 ) -> None:
     with tqdm(total=shards.metadata["total_size"], unit="B", unit_scale=True, desc="converting") as progress:
         for file, names in shards.filename_to_tensors.items():

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
 
 from .checkpoint import DTYPES, TOKENIZER_FILES
 from .configuration import check_config
 from .errors import UserError, user_errors
+from .modeling.configuration_qsparse import QSparseConfigMixin
+from .weights import check_packed, make_plain
 
 
 def find_device(device: str | None) -> torch.device:
@@ -87,9 +89,21 @@ def load_checkpoint(
         raise UserError(f"{name} lacks {ADAPTER_SAFE_WEIGHTS_NAME}; adapters in other formats are not read")
     tokenizer = load_tokenizer(name)
     with user_errors(name):
-        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True)
+        config = AutoConfig.from_pretrained(base)
+        is_sparse = isinstance(config, QSparseConfigMixin) and os.path.isdir(base)
+        if is_sparse:
+            check_packed(Path(base), config)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                base, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True
+            )
+        except ValueError:
+            if is_sparse:
+                check_packed(Path(base), config, codes=True)  # which names the file
+            raise
         if base != name:
             from peft import PeftModel
 
+            make_plain(model)
             model = PeftModel.from_pretrained(model, name).merge_and_unload()
         return model.to(place).eval(), tokenizer

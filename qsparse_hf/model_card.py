@@ -30,7 +30,7 @@ from .checkpoint import LICENCES
 from .errors import may_be_repository
 from .losses import eval_losses, text_of
 from .modeling.configuration_qsparse import GROUPS, QSparseConfigMixin
-from .report import projections
+from .report import count_weights, projections
 from .results import Results, result
 
 logger = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ def render_card(
     tags = [tags] if isinstance(tags, str) else [*tags]
     if sparse and not dense:
         tags = ["q-sparse", "activation-sparsity", *tags]
-    ternary = getattr(config, "weight_quantization", "none") == "ternary"
+    ternary = _ternary(config) if sparse else None
     if ternary:
         tags = ["bitnet", "1.58-bit", *tags]
     base = None
@@ -254,14 +254,13 @@ def render_card(
         dense=dense,
         sparsity=[_shown(row) for row in rows] if sparse else None,
         ternary=ternary,
-        packed=getattr(config, "packed_as", None) is not None,
         int8=getattr(config, "activation_quantization", "none") == "int8",
         measured=any(row["measured"] is not None for row in rows),
         block=getattr(config, "sparsity_block_size", None),
         activated=f"{activated:,}",
         weights=f"{total:,}",
         share=f"{activated / total:.1%}" if total else "all",
-        parameters=f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        parameters=f"{count_weights(model):,}",
         adapters=adapters,
         fields="".join(f", {key}={value!r}" for key, value in (run.settings.get("model_fields") or {}).items())
         if run
@@ -276,6 +275,13 @@ def render_card(
         versions=_versions(adapters, run),
     )
     return _signed(str(card))
+
+
+def _ternary(config: QSparseConfigMixin) -> str | None:
+    """How ternary weights are stored; None where they are none, or cannot be told from others."""
+    if config.weight_quantization == "none":
+        return None
+    return "stored in full precision" if config.packed_as is None else "stored in two bits each"
 
 
 def _signed(card: str) -> str:

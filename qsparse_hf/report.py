@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from .decode.prepare import as_restored
 from .errors import UserError, check_writable, user_errors, write_whole
 from .loading import load_checkpoint
+from .modeling.bitnet import PackedLinear
 from .modeling.configuration_qsparse import GROUPS, ProjectionGroup, QSparseConfigMixin
 from .modeling.modeling_qsparse import QSparsePreTrainedModel
 from .modeling.sparsify import Sparsify
@@ -64,6 +65,14 @@ def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
         total += linear.out_features * features
         activated += linear.out_features * kept
     return total, activated
+
+
+def count_weights(model: nn.Module) -> int:
+    """All parameters of a model; packed weights, which are none of PyTorch's, count one each."""
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    biases = sum(linear.bias.numel() for linear in packed if linear.bias is not None)
+    counts = sum(linear.in_features * linear.out_features for linear in packed)
+    return sum(parameter.numel() for parameter in model.parameters()) + counts + biases
 
 
 @dataclass(frozen=True)

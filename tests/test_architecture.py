@@ -18,6 +18,7 @@ ORDER = [
     {"registration"},
     {"__init__"},
     {"configuration", "checkpoint", "losses", "serving", "sources"},
+    {"weights"},
     {"loading", "results", "texts"},
     {"measure", "report", "training.arguments", "training.distillation"} | {"training.sharding", "training.throughput"},
     {

@@ -19,7 +19,7 @@ def test_a_table_of_models_and_one_of_products(tmp_path):
     run = run_qsparse("bench", "decode", *measured, *where)
     assert run.returncode == 0, run.stderr
     rows = [line for line in run.stdout.splitlines() if line.startswith(f"| {tmp_path}")]
-    assert len(rows) == 2 + 2 * 4  # sparsities; and four groups of each
+    assert len(rows) == 2 + 2 + 2 * 4  # sparsities; and four groups of each
     written = json.loads((tmp_path / "decode.json").read_text())
     assert written["machine"]["gpu"] is None
     assert written["machine"]["threads"] == 1
@@ -34,7 +34,9 @@ def test_a_table_of_models_and_one_of_products(tmp_path):
     assert product["shape"] == [96, 64]
     assert product["microseconds"].keys() == {"dense", "sparse", "selection"}
     assert product["share_of_copy"] == {"dense": None, "sparse": None}  # it would mislead on a CPU
-    assert "share" not in run.stdout
+    assert "share" not in run.stdout.rpartition("products of one token")[2]
+    # Four projections of 8192, 4096, 12288 and 6144 weights in two layers, the embedding as the head, in 2 bytes each.
+    assert generate["bytes_a_token"]["dense"] == 2 * (2 * (8192 + 4096 + 12288 + 6144) + 128 * 64)
 
 
 def test_a_sparse_config_is_taken_too(tmp_path, capsys, monkeypatch):
@@ -50,7 +52,7 @@ def test_a_sparse_config_is_taken_too(tmp_path, capsys, monkeypatch):
     settings = {"sparsities": [0.5], "device": "cpu", "dtype": "float32", "new_tokens": 8, "rounds": 1}
     assert bench_decode([str(tmp_path)], **settings)[0]["dtype"] == "float32"
     assert "| batch |" in capsys.readouterr().out
-    assert _configs(str(tmp_path))[0].use_cache
+    assert _configs(str(tmp_path), "float")[0].use_cache
     assert set(selections) == {Selection(0.5, 16, "l2")}  # as it is, and as asked for
 
 
@@ -67,9 +69,22 @@ def test_a_checkpoint_is_measured_as_it_is(tmp_path, capsys):
     assert f"| {expected:.3g} as it is |" in capsys.readouterr().out
 
 
+def test_packed_ternary_weights_are_measured_beside_the_dense_model(tmp_path):
+    dense_config("qwen2").save_pretrained(tmp_path)
+    settings = {"weights": "ternary", "sparsities": [0, 0.5], "device": "cpu", "dtype": "float32"}
+    rows = bench_decode([str(tmp_path)], **settings, new_tokens=8, rounds=1)
+    packed, sparse, *products = rows
+    projections, head = 2 * (8192 + 4096 + 12288 + 6144), 4 * 128 * 64
+    assert packed["bytes_a_token"] == {"dense": 4 * projections + head, "sparse": projections // 4 + head}
+    assert sparse["bytes_a_token"]["sparse"] == projections // 8 + head
+    assert packed["bytes"]["sparse"] < packed["bytes"]["dense"] / 2
+    assert [row["sparsity"] for row in products] == [0, 0.5] * 4
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
+        ({"weights": "int4"}, "weights must be one of float, ternary, got 'int4'"),
         ({"sparsities": [1.0]}, "sparsity must be a number with 0 <= sparsity < 1"),
         ({"models": ["nowhere/at-all"]}, "nowhere/at-all .none of llama-2-7b, .*70b-slice.: is no file or folder"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),

@@ -472,7 +472,7 @@ def drop_tensor(folder):
     [
         (drop_config, {}, "config.json is missing"),
         (garble_config, {}, "config.json cannot be read as JSON"),
-        (set_config(model_type="gpt2"), {}, "must be one of llama, .*, gemma3_text, got 'gpt2'"),
+        (set_config(model_type="gpt2"), {}, "must be one of llama, .*, bitnet, got 'gpt2'"),
         (set_config(model_type="qsparse_llama"), {}, "Q-Sparse already"),
         (set_config(quantization_config={"quant_method": "gptq"}), {}, "quantized"),
         (set_config(model_type=["llama"]), {}, "must be one of llama, mistral, .*got"),

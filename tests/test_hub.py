@@ -192,7 +192,7 @@ def hub_files(hub: Hub, name: str, revision: str = "main") -> dict[str, bytes]:
 
 
 CODE = {"backend.py", "configuration_qsparse.py", "modeling_qsparse.py", "modeling_qsparse_llama.py"}
-CODE |= {"sparsify.py", "sparsity.py"}
+CODE |= {"bitnet.py", "sparsify.py", "sparsity.py"}
 MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -204,7 +204,7 @@ def test_what_belongs_to_a_model_is_sent_in_one_commit(story):
     assert first.keys() == CODE | MODEL | {"README.md", "LICENSE", ".gitattributes"}
     assert first["model.safetensors"] == (story.here / "model" / "model.safetensors").read_bytes()
     assert repository.messages == ["Upload model with qsparse_hf", "Upload model with qsparse_hf", "A trial"]
-    assert "13 files" in story.pushes["first"]["out"]
+    assert "14 files" in story.pushes["first"]["out"]
     assert f"{story.hub.endpoint}/team/model/commit/" in story.pushes["first"]["out"]
 
 

@@ -237,8 +237,10 @@ def test_a_quantized_models_card_says_so(tmp_path, sparsity):
     card = read(tmp_path)
     assert card.data.tags == ["bitnet", "1.58-bit", *(["q-sparse", "activation-sparsity"] if sparsity else [])]
     said = " ".join(card.text.split())
-    assert "Its projections compute with ternary weights, -1, 0 and 1 times one scale each (BitNet b1.58)" in said
-    assert "in the files, and inputs rounded to 255 levels a token, as int8 holds them. Trained from scratch." in said
+    assert (
+        "weights of -1, 0 and 1 times one scale a tensor, as BitNet b1.58 does (stored in full precision), and" in said
+    )
+    assert "and with inputs rounded to 255 levels a token, as int8 holds them. Trained from scratch." in said
     write_card(tmp_path, make(sparse_config("llama", activation_quantization="int8")), None)
     assert "Its projections compute with inputs rounded to 255 levels" in read(tmp_path).text
 

@@ -411,7 +411,7 @@ def test_a_saved_folder_carries_little_code(family, tmp_path):
     make(sparse_config(family)).save_pretrained(tmp_path)
     code = list(tmp_path.glob("*.py"))
     assert len(code) <= 8
-    assert sum(len(path.read_text().splitlines()) for path in code) <= 1400
+    assert sum(len(path.read_text().splitlines()) for path in code) <= 1500
 
 
 def test_loads_without_this_package_and_with_it_the_local_classes_win(tmp_path, tokens):

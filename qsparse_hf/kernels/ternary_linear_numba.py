@@ -8,7 +8,7 @@ T tokens, D features in, K of them kept, N features out; see `TernaryWeights` fo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,22 +25,30 @@ _ROWS = 64
 """Features whose products are added in 16 bits."""
 
 
-@kernel()
-def _add_codes(levels, rows, codes, start, shift, sums):
-    """Add to `sums [B]`, int16, what one of four codes in each byte from `start` on contributes, for some features."""
-    fours = levels.size // 4 * 4
-    for k in range(0, fours, 4):
-        v0, v1, v2, v3 = levels[k], levels[k + 1], levels[k + 2], levels[k + 3]
-        row_0, row_1 = codes[rows[k], start:], codes[rows[k + 1], start:]
-        row_2, row_3 = codes[rows[k + 2], start:], codes[rows[k + 3], start:]
-        for n in range(sums.size):
-            first = v0 * np.int16(row_0[n] >> shift & 3) + v1 * np.int16(row_1[n] >> shift & 3)
-            second = v2 * np.int16(row_2[n] >> shift & 3) + v3 * np.int16(row_3[n] >> shift & 3)
-            sums[n] = np.int16(sums[n] + first + second)
-    for k in range(fours, levels.size):
-        v0, row_0 = levels[k], codes[rows[k], start:]
-        for n in range(sums.size):
-            sums[n] = np.int16(sums[n] + v0 * np.int16(row_0[n] >> shift & 3))
+def _adder(shift: int) -> Callable[..., None]:
+    """A kernel for one of the four codes in a byte: with its place known, sixteen bits of a register are one output."""
+
+    @kernel()
+    def add(levels, rows, codes, start, sums):
+        """Add to `sums [B]`, int16, what bytes from `start` on contribute, for some features."""
+        fours = levels.size // 4 * 4
+        for k in range(0, fours, 4):
+            v0, v1, v2, v3 = levels[k], levels[k + 1], levels[k + 2], levels[k + 3]
+            row_0, row_1 = codes[rows[k], start:], codes[rows[k + 1], start:]
+            row_2, row_3 = codes[rows[k + 2], start:], codes[rows[k + 3], start:]
+            for n in range(sums.size):
+                first = v0 * np.int16((row_0[n] >> shift) & 3) + v1 * np.int16((row_1[n] >> shift) & 3)
+                second = v2 * np.int16((row_2[n] >> shift) & 3) + v3 * np.int16((row_3[n] >> shift) & 3)
+                sums[n] = np.int16(sums[n] + first + second)
+        for k in range(fours, levels.size):
+            v0, row_0 = levels[k], codes[rows[k], start:]
+            for n in range(sums.size):
+                sums[n] = np.int16(sums[n] + v0 * np.int16((row_0[n] >> shift) & 3))
+
+    return add
+
+
+_add_first, _add_second, _add_third, _add_fourth = map(_adder, (0, 2, 4, 6))
 
 
 @kernel(parallel=True)
@@ -62,7 +70,14 @@ def _sum_levels(levels, indices, codes, sums):
                 piece = narrow[: min(_BYTES, width - start)]
                 for quarter in range(4):
                     piece[:] = 0
-                    _add_codes(value, row, codes, start, np.uint8(2 * quarter), piece)
+                    if quarter == 0:
+                        _add_first(value, row, codes, start, piece)
+                    elif quarter == 1:
+                        _add_second(value, row, codes, start, piece)
+                    elif quarter == 2:
+                        _add_third(value, row, codes, start, piece)
+                    else:
+                        _add_fourth(value, row, codes, start, piece)
                     wide = sums[token, part, quarter, start:]
                     for n in range(piece.size):
                         wide[n] += piece[n]

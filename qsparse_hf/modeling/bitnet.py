@@ -114,6 +114,11 @@ def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat([(packed >> 2 * i & 3).to(dtype) - 1 for i in range(CODES_IN_A_BYTE)])
 
 
+def holds_illegal_code(packed: Tensor) -> bool:
+    """Whether two bits of some byte are 11, which stand for no code."""
+    return bool((packed & packed >> 1 & 0b01010101).any())
+
+
 class PackedLinear(nn.Module):
     """A linear with a packed ternary weight, which it unpacks in every product. It is not trained.
 
@@ -152,6 +157,20 @@ class PackedLinear(nn.Module):
             raise ValueError("packed weights cannot be split among processes: tensor parallelism needs plain ones")
         y = (F.linear(x, unpack(self.weight, x.dtype)) * self.scale()).to(x.dtype)
         return y if self.bias is None else y + self.bias
+
+    def check(self, place: str) -> None:
+        """Raise a ValueError that begins with `place` and a tensor's name unless codes and scale are such."""
+        if not (self.scale() > 0).logical_and(self.scale() < torch.inf).all():
+            raise ValueError(f"{place}weight_scale must be positive and finite, got {self.weight_scale.tolist()}")
+        if holds_illegal_code(self.weight):
+            raise ValueError(f"{place}weight holds a code of bits 11; allowed are 00, 01 and 10")
+
+    def _apply(self, fn, recurse=True):
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != scale.dtype:  # `.to(torch.bfloat16)`: a rounded scale would be another model's
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

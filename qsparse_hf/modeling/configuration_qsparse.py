@@ -80,17 +80,24 @@ PACKED_AS = ("bitlinear", "autobitlinear")
 """Transformers' BitNet layers by the names that a `quantization_config` has for them."""
 
 
-def _is_bitnet(quantization: Any) -> bool:
+def is_bitnet(quantization: Any) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") == "bitnet"
 
 
-def _packed_as(quantization: dict[str, Any]) -> str | None:
-    """What a `quantization_config` of the method `bitnet` says of the weights: how they are packed, None if not."""
+def packed_layout(quantization: dict[str, Any]) -> str | None:
+    """What a `quantization_config` of the method `bitnet` says of the weights: how they are packed, None if not.
+
+    Raises:
+        ValueError: it asks for what is not done here.
+    """
     known = {"quant_method", "linear_class", "quantization_mode", "modules_to_not_convert", "use_rms_norm"}
     if unknown := sorted(set(quantization) - known - {"rms_norm_eps"}):
         raise ValueError(f"quantization_config has the unknown field {unknown[0]!r}")
     if quantization.get("use_rms_norm"):
         raise ValueError("quantization_config.use_rms_norm must be False: these projections have no norm of their own")
+    others = quantization.get("modules_to_not_convert")
+    if others is not None and not {"lm_head"} <= set(others) <= {"lm_head", "embed_tokens", "norm"}:
+        raise ValueError(f"quantization_config.modules_to_not_convert must be None or ['lm_head'], got {others!r}")
     linear_class = quantization.get("linear_class", PACKED_AS[0])
     check_choice(linear_class, PACKED_AS, "quantization_config.linear_class")
     mode = quantization.get("quantization_mode", "offline")
@@ -143,8 +150,8 @@ class QSparseConfigMixin(_Config):
 
     def __setattr__(self, name: str, value: Any) -> None:
         _check_name(name)
-        if name == "quantization_config" and _is_bitnet(value):
-            name, value = "packed_as", _packed_as(value)
+        if name == "quantization_config" and is_bitnet(value):
+            name, value = "packed_as", packed_layout(value)
             super().__setattr__("weight_quantization", "ternary")
         super().__setattr__(name, value)
 

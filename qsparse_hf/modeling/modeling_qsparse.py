@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils import logging
 
-from .bitnet import PackedLinear, TernaryLinear
+from .bitnet import CODES_IN_A_BYTE, PackedLinear, TernaryLinear
 from .configuration_qsparse import QSparseConfigMixin
 from .sparsify import GLUSparsify, RMSNormSparsify, Sparsify, Survivors
 
@@ -63,6 +63,14 @@ def take_cache(past_key_values: Any, kwargs: dict[str, Any]) -> Any:
 
 class Block(nn.Module):
     """A part of a decoder layer with projections."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, TernaryLinear) and getattr(self._modules.get(name), "merged", False):  # an adapter's layer
+            raise ValueError(
+                f"adapters were merged into {name}, whose ternary weight would lose them when it is quantized: load "
+                "the model again, and make it plain first (qsparse_hf.weights.make_plain)"
+            )
+        super().__setattr__(name, value)
 
     def project(self, x: Tensor | Survivors, *linears: nn.Linear) -> tuple[Tensor, ...]:
         """What each linear makes of `x [B, T, D]`; what prepares a model for decoding overrides it."""
@@ -243,6 +251,23 @@ class QSparsePreTrainedModel(PreTrainedModel):
             self.preparation.restore(self)
         return self
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs) -> Any:
+        """As in Transformers, which would make packed weights up where they are missing, and take any bits for codes.
+
+        Raises:
+            ValueError: packed weights are missing, or there are illegal ones.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        packed = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+        for path, module in packed.items():
+            if missing := info["missing_keys"] & {f"{path}.{name}" for name, _ in module.named_buffers()}:
+                raise ValueError(f"{model.name_or_path} lacks {min(missing)}, which packed weights have")
+            if not module.weight.is_meta:  # as it is where it is offloaded
+                module.check(f"{model.name_or_path}: {path}.")
+        return loaded if output_loading_info else model
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """As in Transformers; the folder also loads without this package through `trust_remote_code=True`."""
         declare_auto_model(self)
@@ -294,6 +319,8 @@ def _quantize(layer: nn.Module, config: QSparseConfigMixin) -> None:
                 linear.__class__ = TernaryLinear
                 continue
             sizes = linear.in_features, linear.out_features, linear.bias is not None
+            if linear.out_features % CODES_IN_A_BYTE:
+                raise ValueError(f"{path} has {linear.out_features} rows, and packed weights need a multiple of four")
             layer.set_submodule(path, PackedLinear(*sizes, divides=config.packed_as == "bitlinear"))
 
 

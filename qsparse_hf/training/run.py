@@ -37,6 +37,7 @@ from ..model_card import is_repository_id, non_defaults
 from ..modeling.backend import choose
 from ..modeling.sparsify import IMPLS
 from ..sources import Source
+from ..weights import PACKED_IS_NOT_TRAINED
 from .arguments import CONTROL, QSparseArguments
 from .control import overrides_of_control, read_control, write_control
 from .data import DataArguments, collate_packed, pack_on_disk
@@ -128,10 +129,12 @@ def train(config: str, overrides: list[str] | None = None) -> QSparseTrainerMixi
     _check(recipe)
     resume = _checkpoint_to_resume(recipe.training)
     check_config(recipe.run.source, recipe.run.model_fields)
-    if recipe.training.quantization_ramp_steps:  # before a control is trained
-        with user_errors(recipe.run.source):
-            model_config = AutoConfig.from_pretrained(recipe.run.source, **recipe.run.model_fields)
-        check_quantization_ramp(recipe.training, model_config)
+    with user_errors(recipe.run.source):
+        if getattr(AutoConfig.from_pretrained(recipe.run.source), "packed_as", None):
+            raise UserError(f"{recipe.run.source}: {PACKED_IS_NOT_TRAINED}")
+        check_quantization_ramp(
+            recipe.training, AutoConfig.from_pretrained(recipe.run.source, **recipe.run.model_fields)
+        )
     history = _train_control(parse(config, [*overrides, *overrides_of_control(recipe)])) if recipe.run.control else []
     return _run(recipe, resume, history, name=Path(config).name)
 

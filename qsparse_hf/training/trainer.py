@@ -24,8 +24,9 @@ from ..checkpoint import CONFIG, DTYPES
 from ..errors import UserError, write_whole
 from ..losses import eval_losses, losses
 from ..model_card import Run, duration, find_origin, hardware, keeps_card, non_defaults, write_card
-from ..modeling.bitnet import TernaryLinear
+from ..modeling.bitnet import PackedLinear, TernaryLinear
 from ..report import projections, sparsity_report
+from ..weights import PACKED_IS_NOT_TRAINED
 from .arguments import QSparseArguments, QSparseTrainingArguments
 from .distillation import forward_kl, load_teacher, require_same_vocabulary
 from .faults import Heartbeat, checkpoint_facts, whole_checkpoint
@@ -51,6 +52,16 @@ else:
 _STREAM_STATE = "stream.json"
 # Arguments that a run may go on with other values of, at the price of a schedule that is neither's.
 _SCHEDULE = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "warmup_steps", "second_stage")
+
+
+def _check_trainable(model: nn.Module) -> None:
+    """Refuse packed weights.
+
+    Raises:
+        UserError: the projections are packed, and no weights of full precision are kept beside.
+    """
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise UserError(PACKED_IS_NOT_TRAINED)
 
 
 class QSparseTrainerMixin(_Trainer):
@@ -109,6 +120,7 @@ class QSparseTrainerMixin(_Trainer):
         self.datasets: tuple[str, ...] = ()
         self._teacher: PreTrainedModel | None = None
         if model is not None and not isinstance(model, str):
+            _check_trainable(model)
             self._find_teacher(model, args)  # before anything is written
         super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
         self._follow(self.model)
@@ -128,6 +140,7 @@ class QSparseTrainerMixin(_Trainer):
     def call_model_init(self, trial: Any = None) -> Any:
         """As in Transformers, which calls it for every training: what is measured follows the new model."""
         model: Any = super().call_model_init(trial)
+        _check_trainable(model)
         self._find_teacher(model, self.args)
         self._follow(model)
         return model
