@@ -27,7 +27,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The parsed arguments, with `--sparsity` and `--rounds` added to the parser's own, which include `--output`.
 
-    Ends the program with one line where a value cannot be measured, the output cannot be written or there is no GPU.
+    Ends the program with one line where a value cannot be measured, the output cannot be written or there is no GPU,
+    unless the parser has a `--device` and it is another.
     """
     parser.add_argument("--sparsity", type=float, default=0.5, help="fraction of zeros")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved measurements of each")
@@ -39,7 +40,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error(str(error))
     if arguments.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and getattr(arguments, "device", "cuda") == "cuda":
         parser.error("this is measured on a GPU, and there is none")
     return arguments
 

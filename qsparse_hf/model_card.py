@@ -225,6 +225,9 @@ def render_card(
     tags = [tags] if isinstance(tags, str) else [*tags]
     if sparse and not dense:
         tags = ["q-sparse", "activation-sparsity", *tags]
+    ternary = _ternary(config) if sparse else None
+    if ternary:
+        tags = ["bitnet", "1.58-bit", *tags]
     base = None
     if origin is not None:  # adapters fit that very model alone, not the one that it was made from
         base = origin.repository if origin.is_repository or not adapters else None
@@ -250,9 +253,10 @@ def render_card(
         model_id=name,
         dense=dense,
         sparsity=[_shown(row) for row in rows] if sparse else None,
+        ternary=ternary,
+        int8=getattr(config, "activation_quantization", "none") == "int8",
         measured=any(row["measured"] is not None for row in rows),
         block=getattr(config, "sparsity_block_size", None),
-        ternary=_ternary(config) if sparse else None,
         activated=f"{activated:,}",
         weights=f"{total:,}",
         share=f"{activated / total:.1%}" if total else "all",

@@ -106,6 +106,8 @@ class SparsityReport:
         parameters: per layer, the weights of each projection group.
         features: per layer, how each projection group's input features are used; empty where that was not measured.
         loss: mean over the predicted tokens in nats; None where that was not measured, or the model gives no logits.
+        quantization: of the projections' `weights` and their inputs, `activations`, as the configuration names it;
+            without those that are not quantized.
     """
 
     tokens: int
@@ -113,6 +115,7 @@ class SparsityReport:
     parameters: list[dict[str, int]]
     features: list[dict[str, FeatureUse]] = field(default_factory=list)
     loss: float | None = None
+    quantization: dict[str, str] = field(default_factory=dict)
 
     @property
     def projection_parameters(self) -> int:
@@ -160,6 +163,7 @@ class SparsityReport:
         return {
             "tokens": self.tokens,
             "loss": self.loss,
+            "quantization": self.quantization,
             "projection_parameters": self.projection_parameters,
             "activated_parameters": self.activated_parameters,
             "sparsity": {group: self.of_group(group) for group in GROUPS} | {"all": self.overall},
@@ -182,6 +186,7 @@ class SparsityReport:
         told = f"{self.tokens:,} tokens"
         if self.loss is not None:
             told += f", loss {self.loss:.3f} nats a token (perplexity {math.exp(min(self.loss, 99)):.4g})"
+        told += "".join(f", {kind} {what}" for what, kind in self.quantization.items())
         names = ["dropped", "never", "always", "half", "peak"] if self.features else []
         head = f"{'':<7}" + "".join(f"{name:>11}" for name in ("weights", "activated", "zeros", *names))
         rows = []
@@ -281,6 +286,7 @@ class Counters:
         self.mask: Tensor | None = None
         self._counters: dict[tuple[int, str], _Counter] = {}
         self._parameters: dict[int, dict[str, int]] = {}
+        self._quantization: dict[str, str] = {}
 
     def report(self, loss: float | None = None) -> SparsityReport:
         """What was counted until now, and the loss that was measured beside it.
@@ -295,7 +301,7 @@ class Counters:
         layers = [{group: self._counters[layer, group] for group in parameters[layer]} for layer in parameters]
         sparsity = [{group: counter.fraction() for group, counter in layer.items()} for layer in layers]
         features = [{group: counter.use() for group, counter in layer.items()} for layer in layers if self.detailed]
-        return SparsityReport(tokens, sparsity, list(parameters.values()), features, loss)
+        return SparsityReport(tokens, sparsity, list(parameters.values()), features, loss, self._quantization)
 
 
 @contextmanager
@@ -310,6 +316,9 @@ def counting(model: nn.Module, detailed: bool = False) -> Iterator[Counters]:
         ValueError: the model has no projections of these names.
     """
     counters = Counters(detailed)
+    for what, name in (("weights", "weight_quantization"), ("activations", "activation_quantization")):
+        kind = getattr(getattr(model, "config", None), name, "none")
+        counters._quantization |= {what: kind} if kind != "none" else {}
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, QSparsePreTrainedModel) and module.is_prepared:
@@ -440,7 +449,7 @@ class _Counter:
 
     def before_selection(self, module: Sparsify, args: tuple) -> None:
         at_work = module.selection
-        module.selection = replace(at_work, sparsity=0.0, rescale="none")
+        module.selection = replace(at_work, sparsity=0.0, rescale="none", quantization="none")
         try:
             self._before = type(module).forward(module, *args)  # type: ignore[assignment]  # no survivors at 0
         finally:

@@ -31,13 +31,14 @@ LOSS_TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def run_config(tmp_path_factory, tiny_checkpoint) -> Path:
-    """A streamed, ramped run of 6 updates of 4 sequences that saves every 3."""
+    """A streamed run of 6 updates of 4 sequences that saves every 3, with both ramps and a second stage."""
     folder = tmp_path_factory.mktemp("run")
     lines = [json.dumps({"text": f"{i} times {i} makes {i * i}. " * (i % 9 + 1)}) for i in range(120)]
     (folder / "train.jsonl").write_text("\n".join(lines))
     (folder / "eval.txt").write_text("7 and 8 make 15. " * 16)
     config = {
         "model": str(tiny_checkpoint),
+        "model_fields": {"weight_quantization": "ternary", "activation_quantization": "int8"},
         "train_data": [str(folder / "train.jsonl")],
         "eval_data": [str(folder / "eval.txt")],
         "streaming": True,
@@ -50,6 +51,10 @@ def run_config(tmp_path_factory, tiny_checkpoint) -> Path:
         "learning_rate": 1e-3,
         "sparsity_ramp_steps": 4,
         "sparsity_ramp_levels": 2,
+        "quantization_ramp_steps": 5,
+        "second_stage_learning_rate": 5e-4,
+        "second_stage_weight_decay": 0.0,
+        "weight_decay": 0.1,
         "logging_steps": 1,
         "save_steps": 3,
         "use_cpu": True,
@@ -77,9 +82,9 @@ def finish(process: subprocess.Popen) -> str:
     return said
 
 
-def logged(folder: Path, name: str) -> list[float]:
+def logged(folder: Path, name: str) -> list[float | None]:
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry[name] for entry in history if "loss" in entry]
+    return [entry.get(name) for entry in history if "loss" in entry]
 
 
 # With DDP the data is a stream; with FSDP2 it is prepared on disk, there is a control, and the model is saved in bf16.
@@ -113,6 +118,8 @@ def together(run_config, engine, tmp_path_factory) -> Path:
 def assert_same(alone: Path, folder: Path) -> None:
     assert logged(folder, "loss") == pytest.approx(logged(alone, "loss"), rel=LOSS_TOLERANCE)
     assert logged(folder, "tokens_seen") == logged(alone, "tokens_seen")
+    for name in ("learning_rate", "weight_decay", "quantization_strength"):
+        assert logged(folder, name) == logged(alone, name)
     assert logged(folder, "sparsity/all") == pytest.approx(logged(alone, "sparsity/all"))
     expected, actual = (load_file(path / "checkpoint-6" / "model.safetensors") for path in (alone, folder))
     assert expected.keys() == actual.keys()

@@ -29,6 +29,8 @@ PAGES = ["README.md", *(f"{page}.md" for page in re.findall(r"^docs/\w+$", CONF,
 
 # Run with more words than are written, for the sake of time; what a command says itself stays.
 SMALLER = {
+    "qsparse train configs/train/continue_tiny_ternary.yaml": "max_steps=2 sparsity_ramp_steps=1 "
+    "quantization_ramp_steps=1 logging_steps=1 eval_steps=2 save_steps=2 use_cpu=true",
     "qsparse train": "max_steps=2 sparsity_ramp_steps=1 logging_steps=1 eval_steps=2 save_steps=2 use_cpu=true",
     "qsparse calibrate": "--tokens 6144",
     "qsparse eval runs/trained --tasks": "",

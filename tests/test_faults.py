@@ -29,14 +29,21 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def run_config(tmp_path_factory, tiny_checkpoint) -> Path:
-    """A streamed run with dropout of 12 updates of 2 micro-batches over a mixture, ramped over 6, saved every 2."""
+    """A streamed run with dropout of 12 updates of 2 micro-batches over a mixture, saved every 2.
+
+    Both ramps are in it, and a second stage.
+    """
     folder = tmp_path_factory.mktemp("run")
     for name in "ab":
         lines = [json.dumps({"text": f"{name}: {i} times {i} makes {i * i}. " * (i % 9 + 1)}) for i in range(90)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     config = {
         "model": str(tiny_checkpoint),
-        "model_fields": {"attention_dropout": 0.1},
+        "model_fields": {
+            "attention_dropout": 0.1,
+            "weight_quantization": "ternary",
+            "activation_quantization": "int8",
+        },
         "train_data": [
             {"files": str(folder / "a.jsonl"), "probability": 0.7},
             {"files": str(folder / "b.jsonl"), "probability": 0.3},
@@ -53,6 +60,10 @@ def run_config(tmp_path_factory, tiny_checkpoint) -> Path:
         "warmup_steps": 2,
         "sparsity_ramp_steps": 6,
         "sparsity_ramp_levels": 3,
+        "quantization_ramp_steps": 5,
+        "second_stage_learning_rate": 5e-4,
+        "second_stage_weight_decay": 0.0,
+        "weight_decay": 0.1,
         "logging_steps": 1,
         "save_steps": 2,
         "use_cpu": True,
@@ -173,7 +184,9 @@ def test_the_handler_is_given_back(run_config, tmp_path):
 
 def test_a_loss_that_is_not_finite_names_update_and_batch(run_config, tmp_path, capsys):
     out = tmp_path / "run"
-    assert main(["train", str(run_config), f"output_dir={out}", "learning_rate=1e30", "warmup_steps=0"]) == 1
+    options = ["learning_rate=1e30", "warmup_steps=0", "quantization_ramp_steps=0", "model_fields={}"]
+    options += ["weight_decay=0", "second_stage_weight_decay=null"]
+    assert main(["train", str(run_config), f"output_dir={out}", *options]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert "the loss is not finite at update 2, micro-batch 0 of process 0" in said
     assert "there is no checkpoint yet" in said
@@ -261,7 +274,13 @@ def test_whatever_fails_leaves_no_half_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(("rows", "window"), [(6, 7), (16, 1000)])
 def test_data_that_ends_is_saved_and_said(run_config, tmp_path, rows, window):
-    options = [f"output_dir={tmp_path / 'run'}", "max_steps=100", "sparsity_ramp_steps=0", "save_steps=1000"]
+    options = [
+        f"output_dir={tmp_path / 'run'}",
+        "max_steps=100",
+        "sparsity_ramp_steps=0",
+        "quantization_ramp_steps=0",
+        "save_steps=1000",
+    ]
     options += [f"shuffle_window={window}", f"global_batch_size={rows}"]
     with pytest.raises(UserError, match=r"training data.* ended after update (\d+) of 100, which is saved") as raised:
         train(str(run_config), [*options, "repeat_data=false"])
@@ -273,7 +292,13 @@ def test_data_that_ends_is_saved_and_said(run_config, tmp_path, rows, window):
 
 
 def test_more_epochs_go_on_after_the_last(run_config, tmp_path):
-    options = [f"output_dir={tmp_path}", "streaming=false", "max_steps=-1", "sparsity_ramp_steps=0"]
+    options = [
+        f"output_dir={tmp_path}",
+        "streaming=false",
+        "max_steps=-1",
+        "sparsity_ramp_steps=0",
+        "quantization_ramp_steps=0",
+    ]
     once = train(str(run_config), [*options, "num_train_epochs=1"]).state.global_step
     twice = train(str(run_config), [*options, "num_train_epochs=2", "resume_from_checkpoint=last"])
     assert twice.state.global_step == 2 * once
@@ -299,7 +324,7 @@ def test_ctrl_c_saves_too(run_config, whole_run, tmp_path):
         ("shuffle_window=11", "shuffle_window was 10"),
         ("global_batch_size=8", "rows_per_update 4, and a run with 8"),
         ("lora={r: 4}", "model qsparse_llama of"),
-        ("model_fields={num_hidden_layers: 1}", "model qsparse_llama of"),
+        ("model_fields={num_hidden_layers: 1, weight_quantization: ternary}", "model qsparse_llama of"),
     ],
 )
 def test_another_run_cannot_go_on(run_config, whole_run, tmp_path, change, said):
@@ -334,7 +359,16 @@ def test_a_kill_after_the_last_update_leaves_the_rest_to_do(run_config, tmp_path
     actual = load_file(tmp_path / name)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
     with pytest.raises(UserError, match="checkpoint-6 is further than max_steps 5"):
-        train(str(run_config), [*options, "resume_from_checkpoint=last", "max_steps=5", "sparsity_ramp_steps=0"])
+        train(
+            str(run_config),
+            [
+                *options,
+                "resume_from_checkpoint=last",
+                "max_steps=5",
+                "sparsity_ramp_steps=0",
+                "quantization_ramp_steps=0",
+            ],
+        )
 
 
 def test_skipped_rows_are_logged(run_config, tmp_path):

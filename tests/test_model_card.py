@@ -230,6 +230,21 @@ def test_a_dense_models_card_says_so(tmp_path):
     assert "## Sparsity" not in card.text
 
 
+@pytest.mark.parametrize("sparsity", [0, 0.5])
+def test_a_quantized_models_card_says_so(tmp_path, sparsity):
+    fields = {"weight_quantization": "ternary", "activation_quantization": "int8"}
+    write_card(tmp_path, make(sparse_config("bitnet", sparsity=sparsity, **fields)), None)
+    card = read(tmp_path)
+    assert card.data.tags == ["bitnet", "1.58-bit", *(["q-sparse", "activation-sparsity"] if sparsity else [])]
+    said = " ".join(card.text.split())
+    assert (
+        "weights of -1, 0 and 1 times one scale a tensor, as BitNet b1.58 does (stored in full precision), and" in said
+    )
+    assert "and with inputs rounded to 255 levels a token, as int8 holds them. Trained from scratch." in said
+    write_card(tmp_path, make(sparse_config("llama", activation_quantization="int8")), None)
+    assert "Its projections compute with inputs rounded to 255 levels" in read(tmp_path).text
+
+
 def test_defaults_and_secrets_are_left_out():
     arguments = QSparseTrainingArguments("out", use_cpu=True, hub_token="hf_secret", learning_rate=1e-3)
     found = non_defaults(arguments)

@@ -12,10 +12,12 @@ from conftest import REPOSITORY, make, sparse_config
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, get_scheduler
 
 from qsparse_hf.errors import UserError
+from qsparse_hf.modeling.bitnet import CODES_IN_A_BYTE
 from qsparse_hf.registration import FAMILIES
-from qsparse_hf.report import count_parameters
+from qsparse_hf.report import count_parameters, projections
 from qsparse_hf.training.recipe import Recipe, parse
 from qsparse_hf.training.run import train
+from qsparse_hf.training.schedule import SecondStage
 
 FOLDER = REPOSITORY / "configs" / "train"
 ORCA = ("Open-Orca/OpenOrca", {"system": "system_prompt", "prompt": "question", "completion": "response"}, None)
@@ -40,6 +42,10 @@ EXPECTED = {
     "pretrain_700m": (2**19, 95_368, 2.5e-4, 2.5e-5, 0.1, 1, SLIM),
     "pretrain_1.3b": (2**19, 95_368, 2.0e-4, 2.0e-5, 0.1, 1, SLIM),
     "pretrain_7b": (2**19, 95_368, 1.5e-4, 1.5e-5, 0.1, 1, SLIM),
+    "pretrain_bitnet_300m": (2**19, 95_368, 1.8e-3, 0, 0.1, 1, SLIM),
+    "pretrain_bitnet_700m": (2**19, 95_368, 1.5e-3, 0, 0.1, 1, SLIM),
+    "pretrain_bitnet_1.3b": (2**19, 95_368, 1.2e-3, 0, 0.1, 1, SLIM),
+    "pretrain_bitnet_7b": (2**19, 95_368, 1.0e-3, 0, 0.1, 1, SLIM),
     "continue_mistral_7b": CONTINUE,
     "continue_mistral_7b_distill": CONTINUE,
     "sft_mistral_7b": SFT,
@@ -47,11 +53,23 @@ EXPECTED = {
     "sft_qwen2_7b_released": (128 * 4096, None, 2e-5, 0, 0, 1, MIXTURE),
     "sft_mistral_7b_lora": (128 * 2048, None, 2e-4, 0, 0, 1, [ORCA]),
     "continue_smollm2_135m": (32 * 1024, 3000, 3e-4, 0, 0.01, 1, DOMAINS),
+    "continue_smollm2_135m_ternary": (32 * 1024, 3000, 1e-3, 0, 0.01, 1, DOMAINS),
     "sft_smollm2_135m": (64 * 1024, 2000, 3e-4, 0, 0, 1, [("HuggingFaceTB/smol-smoltalk", CHATS, None)]),
     "pretrain_tiny": (8 * 256, 200, 3e-3, 0, 0.1, 1, [("quickstart/train.jsonl", TEXT, None)]),
+    "pretrain_bitnet_tiny": (8 * 256, 200, 3e-3, 0, 0.1, 1, [("quickstart/train.jsonl", TEXT, None)]),
     "continue_tiny": (8 * 256, 100, 1e-3, 0, 0.1, 1, [("quickstart/train.jsonl", TEXT, None)]),
+    "continue_tiny_ternary": (8 * 256, 100, 3e-3, 0, 0.1, 1, [("quickstart/train.jsonl", TEXT, None)]),
     "sft_tiny": (8 * 256, 60, 1e-3, 0, 0, 1, [("quickstart/questions.jsonl", PAIRS, None)]),
     "sft_tiny_lora": (8 * 256, 60, 3e-3, 0, 0, 1, [("quickstart/questions.jsonl", PAIRS, None)]),
+}
+
+# Peak of the second stage (table 6), which begins at half of the updates and has no weight decay.
+SECOND_PEAKS = {
+    "pretrain_bitnet_300m": 1.5e-3,
+    "pretrain_bitnet_700m": 1.0e-3,
+    "pretrain_bitnet_1.3b": 8.0e-4,
+    "pretrain_bitnet_7b": 6.0e-4,
+    "pretrain_bitnet_tiny": 2e-3,
 }
 
 
@@ -80,27 +98,41 @@ def test_a_recipe_is_what_the_paper_says(recipe):
     scheduler = get_scheduler(
         training.lr_scheduler_type, optimizer, warmup, updates, scheduler_specific_kwargs=training.lr_scheduler_kwargs
     )
+    before = scheduler.lr_lambdas[0]
+    SecondStage(training).attach(scheduler, optimizer, updates)
     rates = [training.learning_rate * scheduler.lr_lambdas[0](update) for update in (0, warmup, updates)]
     assert rates == pytest.approx([0, peak, last], abs=1e-12)
+    second = SECOND_PEAKS.get(name)
+    assert (training.second_stage_learning_rate, training.second_stage_weight_decay) == (second, second and 0)
+    peaks = [training.learning_rate * scheduler.lr_lambdas[0](i) / before(i) for i in (updates // 2 - 1, updates // 2)]
+    assert peaks == pytest.approx([peak, second or peak])
     assert warmup == (math.ceil(0.03 * updates) if run.stage == "sft" else training.warmup_steps)
 
 
-# Projection weights N and activated ones Na, in millions, at the recipe's sparsity (tables 1 and 5).
-SHAPES = {"300m": (302, 181), "700m": (680, 408), "1.3b": (1208, 725), "7b": (6476, 3886), "tiny": (0.74, 0.44)}
+# Projection weights N, in millions (table 5).
+SHAPES = {"300m": 302, "700m": 680, "1.3b": 1208, "7b": 6476, "tiny": 0.74}
 
 
+@pytest.mark.parametrize("family", ["llama", "bitnet"])
 @pytest.mark.parametrize("size", SHAPES)
-def test_a_model_has_the_shape_of_its_name(size):
-    config = AutoConfig.from_pretrained(REPOSITORY / "configs" / "model" / f"qsparse_llama_{size}.json")
+def test_a_model_has_the_shape_of_its_name(size, family):
+    config = AutoConfig.from_pretrained(REPOSITORY / "configs" / "model" / f"qsparse_{family}_{size}.json")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    sparsity = {"llama": 0.4, "bitnet": 0.6125}[family]  # where the dense loss is met; inference-optimal at 1.58 bit
     total, activated = (count / 1e6 for count in count_parameters(model))
-    assert (total, activated) == pytest.approx(SHAPES[size], rel=0.01)
-    assert (config.hidden_act, config.sparsity, config.sparsity_rescale) == (
-        "relu2",
-        0.4,
-        "none" if size == "tiny" else "l2",
-    )
+    assert (total, activated) == pytest.approx((SHAPES[size], SHAPES[size] * (1 - sparsity)), rel=0.01)
+    rescale = "none" if size == "tiny" or family == "bitnet" else "l2"
+    assert (config.hidden_act, config.sparsity, config.sparsity_rescale) == ("relu2", sparsity, rescale)
+    quantization = ("ternary", "int8") if family == "bitnet" else ("none", "none")
+    assert (config.weight_quantization, config.activation_quantization) == quantization
+    if family == "bitnet":  # it can be packed, and but for that it is the Llama of its size
+        assert all(linear.out_features % CODES_IN_A_BYTE == 0 for _, _, linear in projections(model))
+        llama = AutoConfig.from_pretrained(REPOSITORY / "configs" / "model" / f"qsparse_llama_{size}.json")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            assert getattr(config, name) == getattr(llama, name)
+        for name in ("tie_word_embeddings", "max_position_embeddings", "rope_parameters", "eos_token_id"):
+            assert getattr(config, name) == getattr(llama, name)
     logits = model(torch.zeros(1, 8, dtype=torch.long, device="meta")).logits
     assert logits.shape == (1, 8, config.vocab_size)
 

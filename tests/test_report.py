@@ -67,7 +67,13 @@ def test_use_and_loss_of_a_model(family, tokens):
     report = sparsity_report(model, {"input_ids": tokens, "attention_mask": mask})
     seen = {}
     selector = model.model.layers[0].self_attn.o_sparsify
-    handle = selector.register_forward_hook(lambda module, args, output: seen.update(before=args[0], after=output))
+
+    def see(module, args: tuple, output) -> None:
+        seen["after"], chosen = output, module.selection
+        module.selection = Selection(0)
+        seen["before"], module.selection = module.forward(*args), chosen  # normalised, where a norm selects
+
+    handle = selector.register_forward_hook(see)
     with torch.no_grad():
         logits = model(tokens, attention_mask=mask).logits
     handle.remove()
@@ -190,3 +196,17 @@ def test_report_command_names_mistakes(tiny_checkpoint, tmp_path, capsys):
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("qsparse: error: ")
         assert said in last
+
+
+def test_a_quantized_model_says_so_and_is_measured_before_the_rounding(tokens):
+    """Rounding drops no feature, and the report of what a selection dropped does not count it."""
+    fields = {"weight_quantization": "ternary", "activation_quantization": "int8"}
+    both = sparsity_report(make(sparse_config("bitnet", sparsity=0.5, **fields)), tokens)
+    assert both.quantization == both.to_dict()["quantization"] == {"weights": "ternary", "activations": "int8"}
+    assert str(both).splitlines()[0].endswith(", ternary weights, int8 activations")
+    rounded, plain = (
+        sparsity_report(make(sparse_config("llama", num_hidden_layers=1, activation_quantization=kind)), tokens)
+        for kind in ("int8", "none")
+    )
+    assert plain.quantization == {}
+    assert rounded.use_of_group("qkv").peak == plain.use_of_group("qkv").peak

@@ -42,7 +42,6 @@ from qsparse_hf.training.distillation import forward_kl
 from qsparse_hf.training.faults import checkpoint_facts
 from qsparse_hf.training.recipe import parse
 from qsparse_hf.training.run import train
-from qsparse_hf.training.schedule import sparsity_factor
 from qsparse_hf.training.streaming import PackedStream
 from qsparse_hf.training.throughput import count_tokens, peak_flops, training_flops_per_token
 
@@ -73,14 +72,6 @@ def run_config(tmp_path_factory, tiny_checkpoint) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
-
-
-@pytest.mark.parametrize(
-    ("ramp_steps", "levels", "expected"),
-    [(0, 10, [1, 1, 1]), (4, 10, [0.25, 0.5, 0.75, 1, 1]), (6, 3, [1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1, 1])],
-)
-def test_ramp_by_hand(ramp_steps, levels, expected):
-    assert [sparsity_factor(update, ramp_steps, levels) for update in range(len(expected))] == pytest.approx(expected)
 
 
 def test_arguments_are_friendly_to_the_parser():

@@ -211,7 +211,7 @@ class QSparsePreTrainedModel(PreTrainedModel):
             raise ValueError(f"strength must be between 0 and 1, got {strength!r}")
         for module in self.modules():
             if isinstance(module, TernaryLinear):
-                module.strength = strength
+                module.strength = float(strength)  # compiled code tells 1 from 1.0
 
     def prepare_for_decode(self) -> Self:
         """Make `generate` fast: decoding then reads the weights of the surviving features alone.

@@ -1,5 +1,6 @@
 """What a training run can be told, beside what Transformers' trainers can."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -18,6 +19,9 @@ else:
 CONTROL = "control"
 """The folder of a run's dense control inside that of the run, and how `distill_from` calls it."""
 
+RAMPS = ("sparsity", "quantization")
+"""What may grow over the first updates: `<name>_ramp_steps`, and `scale_<name>` of a model."""
+
 # Settings that Transformers leaves unread, without a word, unless another field turns on what they set.
 _SETTINGS = {"fsdp_config": "fsdp", "liger_kernel_config": "use_liger_kernel"}
 
@@ -35,6 +39,24 @@ class QSparseArguments(_Arguments):
     )
     sparsity_ramp_levels: int = field(
         default=10, metadata={"help": "Stairs of the ramp; each costs one compilation under torch_compile."}
+    )
+    quantization_ramp_steps: int = field(
+        default=0,
+        metadata={"help": "Move from full-precision to ternary weights over this many updates; 0: no ramp."},
+    )
+    quantization_ramp_levels: int = field(default=10, metadata={"help": "Stairs of that ramp."})
+    second_stage_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "From second_stage_start on, the schedule's peak in the place of learning_rate; default: the same."
+        },
+    )
+    second_stage_weight_decay: float | None = field(
+        default=None,
+        metadata={"help": "From second_stage_start on, in the place of weight_decay; default: the same."},
+    )
+    second_stage_start: float = field(
+        default=0.5, metadata={"help": "Share of the updates after which the second stage begins."}
     )
     log_sparsity: bool = field(
         default=True,
@@ -80,8 +102,8 @@ class QSparseArguments(_Arguments):
             ("per_device_train_batch_size", 1),
             ("per_device_eval_batch_size", 1),
             ("gradient_accumulation_steps", 1),
-            ("sparsity_ramp_steps", 0),
-            ("sparsity_ramp_levels", 1),
+            *((f"{name}_ramp_steps", 0) for name in RAMPS),
+            *((f"{name}_ramp_levels", 1) for name in RAMPS),
             ("max_grad_norm", 0),
             ("seed", 0),
             ("save_steps", 1e-9),
@@ -103,10 +125,11 @@ class QSparseArguments(_Arguments):
         Raises:
             UserError: two that contradict each other.
         """
-        if 0 < self.max_steps < self.sparsity_ramp_steps:
-            raise UserError(
-                f"sparsity_ramp_steps must be at most max_steps ({self.max_steps}), got {self.sparsity_ramp_steps}"
-            )
+        for name in RAMPS:
+            steps, _ = self.ramp(name)
+            if 0 < self.max_steps < steps:
+                raise UserError(f"{name}_ramp_steps must be at most max_steps ({self.max_steps}), got {steps}")
+        self._check_second_stage()
         if not 0 < self.distill_weight <= 1:
             raise UserError(f"distill_weight must be above 0 and at most 1, got {self.distill_weight}")
         if self.global_batch_size is not None:
@@ -122,6 +145,38 @@ class QSparseArguments(_Arguments):
                     f"{self.global_batch_size // together}, got {self.gradient_accumulation_steps}; leave one out"
                 )
             self.gradient_accumulation_steps = self.global_batch_size // together
+
+    def _check_second_stage(self) -> None:
+        start = self.second_stage_start
+        if not 0 < start < 1:
+            raise UserError(f"second_stage_start must be above 0 and below 1, got {start}")
+        if self.second_stage is None and start != type(self).second_stage_start:
+            raise UserError(
+                "second_stage_start sets nothing without second_stage_learning_rate or second_stage_weight_decay"
+            )
+        for name in ("learning_rate", "weight_decay"):
+            first, second = getattr(self, name), getattr(self, f"second_stage_{name}")
+            if second is None:
+                continue
+            if not 0 <= second < math.inf:
+                raise UserError(f"second_stage_{name} must be a finite number of at least 0, got {second}")
+            if not first > 0:  # what it scales, and which weights decay
+                raise UserError(f"second_stage_{name} needs a {name} above 0, got {first}")
+
+    def ramp(self, name: str) -> tuple[int, int]:
+        """Updates and stairs of one of `RAMPS`; no updates: no ramp."""
+        return getattr(self, f"{name}_ramp_steps"), getattr(self, f"{name}_ramp_levels")
+
+    @property
+    def second_stage(self) -> dict[str, float | None] | None:
+        """Its fields; None where there is no second stage."""
+        if self.second_stage_learning_rate is None and self.second_stage_weight_decay is None:
+            return None
+        return {name: getattr(self, f"second_stage_{name}") for name in ("learning_rate", "weight_decay", "start")}
+
+    def in_second_stage(self, update: int, updates: int) -> bool:
+        """Whether `update`, counted from 0, of a run of `updates` is of its second stage."""
+        return update >= self.second_stage_start * updates
 
     @property
     def teacher(self) -> str | None:

@@ -1,8 +1,8 @@
 """The dense control of a run: how much of what training won is training's, and how much sparsity costs.
 
-The control is the run's model at sparsity 0, which is the dense model bit for bit, trained on the same rows with the
-same settings, without a ramp and without a teacher. A run on top of a run that had a control (fine-tuning, say)
-begins its control from that one.
+The control is the run's model at sparsity 0 and without quantization, which is the dense model bit for bit, trained on
+the same rows with the same settings, without ramps and without a teacher. A run on top of a run that had a control
+(fine-tuning, say) begins its control from that one.
 """
 
 import json
@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from ..errors import UserError, user_errors, write_whole
 from ..modeling.configuration_qsparse import QSparseConfigMixin
-from .arguments import CONTROL
+from .arguments import CONTROL, RAMPS
 from .recipe import Recipe
 
 _RECORD = "control.json"
@@ -31,7 +31,7 @@ _TRAINING = (
         "fp16",
         "label_smoothing_factor",
     ),
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "second_stage", "max_grad_norm"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
 )
 
@@ -50,6 +50,7 @@ def overrides_of_control(recipe: Recipe) -> list[str]:
         raise UserError(f"control: {run.source} is dense; a control is of a Q-Sparse model")
     begins: dict[str, Any] = {}
     fields = run.model_fields | {"sparsity": 0, "sparsity_per_projection": None}
+    fields |= {"weight_quantization": "none", "activation_quantization": "none"}
     if run.model and (Path(run.model) / CONTROL / "config.json").exists():
         begins["model"] = str(Path(run.model) / CONTROL)
     elif run.model and (Path(run.model) / "trainer_state.json").exists():
@@ -61,7 +62,7 @@ def overrides_of_control(recipe: Recipe) -> list[str]:
         "output_dir": str(output_dir / CONTROL),
         "model_fields": fields,
         "control": False,
-        "sparsity_ramp_steps": 0,
+        **{f"{name}_ramp_steps": 0 for name in RAMPS},
         "distill_from": None,
         "push_to_hub": False,
         # The others keep one log for a whole process, and the run's own holds the control's losses.

@@ -43,6 +43,7 @@ from .control import overrides_of_control, read_control, write_control
 from .data import DataArguments, collate_packed, pack_on_disk
 from .faults import complete_checkpoints
 from .recipe import BOOLEANS, Recipe, RunArguments, parse
+from .schedule import SecondStage, check_quantization_ramp
 from .streaming import PackedStream
 from .trainer import QSparseTrainer, QSparseTrainerMixin
 from .training_report import write_training_report
@@ -131,6 +132,9 @@ def train(config: str, overrides: list[str] | None = None) -> QSparseTrainerMixi
     with user_errors(recipe.run.source):
         if getattr(AutoConfig.from_pretrained(recipe.run.source), "packed_as", None):
             raise UserError(f"{recipe.run.source}: {PACKED_IS_NOT_TRAINED}")
+        check_quantization_ramp(
+            recipe.training, AutoConfig.from_pretrained(recipe.run.source, **recipe.run.model_fields)
+        )
     history = _train_control(parse(config, [*overrides, *overrides_of_control(recipe)])) if recipe.run.control else []
     return _run(recipe, resume, history, name=Path(config).name)
 
@@ -343,7 +347,8 @@ def _check(recipe: Recipe) -> None:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = optimizer_class([torch.zeros(1, requires_grad=True)], **options)
         kwargs = cast(dict | None, arguments.lr_scheduler_kwargs)  # a text has been parsed
-        get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=kwargs)
+        scheduler = get_scheduler(arguments.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=kwargs)
+        SecondStage(arguments).attach(scheduler, optimizer, 10)
     with user_errors("dataloader"):
         DataLoader(
             TensorDataset(torch.zeros(1)),

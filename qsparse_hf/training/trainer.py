@@ -1,7 +1,7 @@
 """The Transformers Trainer, and any built on it, for Q-Sparse models.
 
-What is added stands in a mixin, so that TRL's trainers take it as well: the sparsity ramp, distillation from a dense
-model, what is logged, and checkpoints that are whole or not there.
+What is added stands in a mixin, so that TRL's trainers take it as well: ramps of sparsity and quantization, a second
+stage, distillation from a dense model, what is logged, and checkpoints that are whole or not there.
 """
 
 import json
@@ -24,13 +24,13 @@ from ..checkpoint import CONFIG, DTYPES
 from ..errors import UserError, write_whole
 from ..losses import eval_losses, losses
 from ..model_card import Run, duration, find_origin, hardware, keeps_card, non_defaults, write_card
-from ..modeling.bitnet import PackedLinear
+from ..modeling.bitnet import PackedLinear, TernaryLinear
 from ..report import projections, sparsity_report
 from ..weights import PACKED_IS_NOT_TRAINED
 from .arguments import QSparseArguments, QSparseTrainingArguments
 from .distillation import forward_kl, load_teacher, require_same_vocabulary
 from .faults import Heartbeat, checkpoint_facts, whole_checkpoint
-from .schedule import SparsityRamp
+from .schedule import Ramps, SecondStage, check_quantization_ramp, end_ramps
 from .sharding import has_shards, load_sharded_optimizer, without_shards
 from .streaming import PackedStream, StreamProgress
 from .throughput import (
@@ -51,7 +51,7 @@ else:
 
 _STREAM_STATE = "stream.json"
 # Arguments that a run may go on with other values of, at the price of a schedule that is neither's.
-_SCHEDULE = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "warmup_steps")
+_SCHEDULE = ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "warmup_steps", "second_stage")
 
 
 def _check_trainable(model: nn.Module) -> None:
@@ -73,6 +73,8 @@ class QSparseTrainerMixin(_Trainer):
       left out of them where `include_num_input_tokens_seen` is `non_padding`;
     - `peak_memory_gib` of this process's GPU;
     - `sparsity/<group>`, `sparsity/all` and `activated_parameters`, measured on the first row of the latest batch;
+    - `quantization_strength` of ternary weights, 1 but for a ramp;
+    - `weight_decay`, where a second stage has another;
     - `distill_kl` and `cross_entropy`, the parts of the loss where there is a teacher, in nats a token;
     - `rows_skipped` of a stream that skips bad rows, as far as it has been read ahead.
 
@@ -122,7 +124,9 @@ class QSparseTrainerMixin(_Trainer):
             self._find_teacher(model, args)  # before anything is written
         super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
         self._follow(self.model)
-        self.add_callback(SparsityRamp(args))
+        self.add_callback(Ramps(args))
+        self._second_stage = SecondStage(args)
+        self.add_callback(self._second_stage)
         self.heartbeat = Heartbeat(self._get_output_dir(trial=None))
         self.add_callback(self.heartbeat)
         if stream:
@@ -156,6 +160,7 @@ class QSparseTrainerMixin(_Trainer):
         """Take from `model`, before an engine shards it, what depends on which model is trained."""
         if self.args.sparsity_ramp_steps and not hasattr(model, "scale_sparsity"):
             raise UserError(f"sparsity_ramp_steps needs a Q-Sparse model, got {type(model).__name__}")
+        check_quantization_ramp(self.args, model.config)
         self._text_config = model.config.get_text_config()
         for adapters in getattr(model, "peft_config", {}).values():  # they will be loaded from somewhere else
             if os.path.isdir(base := adapters.base_model_name_or_path or ""):
@@ -167,6 +172,15 @@ class QSparseTrainerMixin(_Trainer):
         self._weight_flops = training_flops_per_token(model, 0)
         weights = sum(parameter.numel() for parameter in model.parameters())
         self._model_fact = f"{model.config.model_type} of {weights:,} weights"
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As in Transformers, with a second stage where there is one."""
+        if self.lr_scheduler is not None and self.args.second_stage_learning_rate is not None:
+            raise UserError("second_stage_learning_rate needs the trainer's own schedule, and it was given another")
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.second_stage is not None:
+            self._second_stage.attach(scheduler, optimizer or self.optimizer, num_training_steps)
+        return scheduler
 
     def _hp_search_setup(self, trial: Any) -> None:
         """As in Transformers: sets the arguments of a trial; what was derived from them is derived again."""
@@ -292,9 +306,10 @@ class QSparseTrainerMixin(_Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """As in Transformers, at the configured sparsity even while the ramp climbs: what a checkpoint will run at."""
-        if self.args.sparsity_ramp_steps:
-            self.accelerator.unwrap_model(self.model).scale_sparsity(1)  # the next update sets it to the ramp's again
+        """As in Transformers, at the configured sparsity and quantization even while a ramp climbs: what a checkpoint
+        will run at.
+        """
+        end_ramps(self.args, self.accelerator.unwrap_model(self.model))
         if self.is_fsdp_enabled and not self.accelerator._models:  # FSDP2 shards a model and its optimizer together
             optimizer = torch.optim.SGD(self.model.parameters())
             self.model = self.model_wrapped = self.accelerator.prepare(self.model, optimizer)[0]
@@ -306,6 +321,7 @@ class QSparseTrainerMixin(_Trainer):
             logs = logs | self._measure_speed()
             if isinstance(self.train_dataset, PackedStream) and self.train_dataset.check.skip:
                 logs["rows_skipped"] = self.train_dataset.check.skipped
+            logs |= self._settings_at_work()
             if self._teacher is not None:
                 logs |= self._measure_distillation(logs["loss"])
             if self._latest_row is not None:
@@ -327,6 +343,13 @@ class QSparseTrainerMixin(_Trainer):
         if self.args.device.type == "cuda":
             measured["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**30
         return measured
+
+    def _settings_at_work(self) -> dict[str, float]:
+        """What the latest update was made with that another one may not be."""
+        model = self.accelerator.unwrap_model(self.model)
+        strength = next((each.strength for each in model.modules() if isinstance(each, TernaryLinear)), None)
+        found = {"quantization_strength": strength, "weight_decay": self._second_stage.weight_decay()}
+        return {name: value for name, value in found.items() if value is not None}
 
     def _measure_distillation(self, loss: float) -> dict[str, float]:
         kl = self.accelerator.gather(self._kl).mean().item() / len(self._kl_updates)

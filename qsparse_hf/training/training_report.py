@@ -18,7 +18,9 @@ _PANELS = {
     "loss (nats a token)": ("loss", "cross_entropy", "distill_kl", "control_loss"),
     "learning rate": ("learning_rate",),
     "gradient norm": ("grad_norm",),
+    "weight decay": ("weight_decay",),
     "sparsity": tuple(f"sparsity/{group}" for group in (*GROUPS, "all")),
+    "strength of the quantization": ("quantization_strength",),
     "tokens a second": ("tokens_per_second",),
     "model FLOP utilisation": ("mfu",),
 }
@@ -31,6 +33,7 @@ _FIGURES = {
     "tokens_per_second": "{:,.0f}",
     "mfu": "{:.1%}",
     "sparsity/all": "{:.1%}",
+    "quantization_strength": "{:.0%}",
     "activated_parameters": "{:,.0f}",
     "rows_skipped": "{:,.0f}",
 }
