@@ -240,9 +240,8 @@ class Rewritten:
         if self.part == "ternary":
             return None, None
         codes, alpha = ternary(held)
-        return codes.to(torch.int8), 1 / (
-            1 / alpha
-        )  # what is left of it by its reciprocal, the scale of the packed form
+        inverse = 1 / alpha  # the packed form's scale: what is left of alpha by it is alpha in every form
+        return codes.to(torch.int8), 1 / inverse
 
 
 def rewritten(

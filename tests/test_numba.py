@@ -15,7 +15,7 @@ for dtype in (torch.float32, torch.bfloat16):
     x = torch.tensor([[1, -4, 2, 3.0]], dtype=dtype)
     values, indices, _ = topk_sparsify(x, 0.5, compact=True)
     assert (values.tolist(), indices.tolist()) == ([[-4, 3]], [[1, 3]])
-print(sum(sparsify_numba._fill_lists.stats.cache_hits.values()))
+print(sum(sparsify_numba.fill_lists.stats.cache_hits.values()))
 """
 
 
@@ -45,7 +45,7 @@ def test_what_cannot_be_kept_is_compiled_again(tmp_path):
 def test_two_dtypes_under_one_name(tmp_path):
     """As processes leave it that compile for them at once."""
     hits(tmp_path)
-    first, second = sorted(tmp_path.rglob("*_fill_lists*.nbc"))
+    first, second = sorted(tmp_path.rglob("*fill_lists*.nbc"))
     first.write_bytes(second.read_bytes())
     assert hits(tmp_path) == 1
 

@@ -5,20 +5,26 @@ it read the weights of these features alone. The products also add the residual,
 """
 
 import logging
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from functools import cache
+from operator import attrgetter
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from ..modeling.backend import say_once
+from ..modeling.backend import runs, say_once
+from ..modeling.configuration_qsparse import ProjectionGroup
 from ..modeling.modeling_qsparse import Block, QSparseAttention, QSparseMLP, take_cache
-from ..modeling.sparsify import Sparsify, Survivors, select
+from ..modeling.sparsify import SURVIVORS, Sparsify, Survivors, select
 from .attention import attend, is_slow
 from .graph import DecodeGraph
-from .layout import project
+from .layout import InputMajor, Rows, project, rows_of
 from .prepared import Prepared
+from .transformers_names import CACHE
 
 
 class PreparedSparsify(Prepared, Sparsify):
@@ -32,8 +38,13 @@ class PreparedSparsify(Prepared, Sparsify):
     def select(self, form: str, *inputs: object) -> Tensor | Survivors:
         return select(form, inputs, self.selection, compact=self._compacts(cast("Tensor", inputs[0])))
 
+    @property
+    def skips(self) -> bool:
+        """Whether the product of survivors is faster for one token."""
+        return self.few > 0 and (self.selection.sparsity > 0 or self.always)
+
     def _compacts(self, x: Tensor) -> bool:
-        if self.few == 0 or torch.is_grad_enabled() or (self.selection.sparsity == 0 and not self.always):
+        if not self.skips or torch.is_grad_enabled():
             return False
         if torch.is_autocast_enabled(x.device.type):  # autocast casts the inputs of linears, and not lists
             return False
@@ -85,6 +96,10 @@ class PreparedAttention(PreparedBlock, QSparseAttention):
             output = output.reshape(*token_shape, -1).contiguous()
         return self.project(self.o_sparsify(output), self.o_proj, residual=residual)[0], weights
 
+    def head_norms(self) -> list[nn.Module]:
+        """Norms of each head's query and key."""
+        return [self.q_norm, self.k_norm] if self.qk_norm else []
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple:
         """What the configured attention function, or a faster one, returns: `[B, T, H, d]`, and the weights or None."""
         implementation = self.config._attn_implementation
@@ -102,17 +117,97 @@ class PreparedMLP(PreparedBlock, QSparseMLP):
         return self.project(self.hidden(x), self.down_proj, residual=residual)[0]
 
 
+Groups = Sequence[tuple[PreparedSparsify, Rows]]
+"""A layer's selections, each with the weights that read from it."""
+
+
+class LayerImplementation(Protocol):
+    """One way to run a whole decoder layer for one token."""
+
+    def refuses(self, tensors: Sequence[Tensor], asked: bool) -> str | None:
+        """Why it does not run on the layer's input, or None if it does."""
+
+    def refuses_layer(self, layer: Any, groups: Groups) -> str | None:
+        """Why it does not run this layer, or None if it does."""
+
+    def compile(self, layer: Any, groups: Groups) -> Callable[..., Tensor]:
+        """A function of the input `[1, 1, D]`, cosines and sines, a mask or None, and a cache or None."""
+
+
+LAYER_IMPLS: dict[str, LayerImplementation] = {}
+"""Implementations by name; where none takes a layer, it runs as the modules that it is made of."""
+
+
 class PreparedDecoderLayer(Prepared, nn.Module):
-    """A decoder layer whose residuals are added by the products of `o_proj` and `down_proj`."""
+    """A decoder layer whose residuals are added by the products of `o_proj` and `down_proj`.
+
+    On a CPU one token at a time runs as a whole where a `LayerImplementation` takes it.
+    """
 
     input_layernorm: PreparedSparsify
     post_attention_layernorm: PreparedSparsify
     self_attn: PreparedAttention
     mlp: PreparedMLP
+    compiled: tuple[object, Callable[..., Tensor] | None] | None = None
+    """What it was compiled for, and the function, or None where no implementation takes the layer."""
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "compiled"}
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         if self.training:  # some families have dropout between product and sum
             return super().forward(hidden_states, **kwargs)
+        if (function := self._function(hidden_states, kwargs)) is not None:
+            cache = kwargs.get(CACHE)
+            return function(hidden_states, kwargs["position_embeddings"], kwargs.get("attention_mask"), cache)
         x = self.input_layernorm(hidden_states)
         hidden_states, _ = self.self_attn(hidden_states=x, residual=hidden_states, **kwargs)
         return self.mlp(self.post_attention_layernorm(hidden_states), residual=hidden_states)
+
+    def _function(self, x: Tensor, kwargs: dict[str, Any]) -> Callable[..., Tensor] | None:
+        """The compiled layer, if it takes this input and nothing watches the layer's modules."""
+        if x.device.type != "cpu" or x.numel() != x.shape[-1] or torch.is_grad_enabled():
+            return None
+        implementation = next((each for each in LAYER_IMPLS.values() if each.refuses([x], asked=False) is None), None)
+        mask, attention = kwargs.get("attention_mask"), self.self_attn
+        if implementation is None or not (
+            set(kwargs) <= _LAYER_ARGUMENTS
+            and (mask is None or (isinstance(mask, Tensor) and mask.shape[1] == 1))
+            and not torch.is_autocast_enabled("cpu")
+            and ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation) is sdpa_attention_forward
+            and runs("numba", SURVIVORS, [x])
+        ):
+            return None
+        parts = [getter(self) for getter in _getters(tuple(attention.config.projection_groups.values()))]
+        if any(map(_is_watched, (attention, self.mlp, *(each for part in parts for each in part)))):
+            return None
+        if not all(isinstance(part[1], InputMajor) and part[0].skips for part in parts):
+            return None
+        groups = [(selector, rows_of(linears)) for selector, *linears in parts]
+        norms = [each for each in (*(part[0] for part in parts), *attention.head_norms()) if hasattr(each, "weight")]
+        if any(norm.weight.dtype != x.dtype for norm in norms):
+            return None
+        state = [
+            *((selector.selection, rows) for selector, rows in groups),
+            *(norm.weight.data_ptr() for norm in norms),
+        ]
+        if self.compiled is None or self.compiled[0] != state:
+            reason = implementation.refuses_layer(self, groups)
+            if reason:
+                say_once(logging.INFO, f"a layer is decoded operator by operator: {reason}")
+            self.compiled = state, None if reason else implementation.compile(self, groups)
+        return self.compiled[1]
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether something sees or replaces the module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+
+
+@cache
+def _getters(groups: tuple[ProjectionGroup, ...]) -> list[Callable[[Any], tuple]]:
+    """For each projection group, a function of a layer: its selector, and the linears that read from it."""
+    return [attrgetter(group.selector, *group.linears) for group in groups]
+
+
+_LAYER_ARGUMENTS = {"attention_mask", "position_ids", CACHE, "use_cache", "position_embeddings", "cache_position"}

@@ -163,7 +163,7 @@ def put_back(*linears: InputMajor) -> None:
         del linear.rows
 
 
-def _rows_of(linears: Sequence[Any]) -> Rows:
+def rows_of(linears: Sequence[Any]) -> Rows:
     """The linears' common weight; laid out again where parameters were replaced, which breaks a compiled graph."""
     rows = linears[0].rows
     known = all(linear.rows is rows is not None for linear in linears)
@@ -194,7 +194,7 @@ def project(x: Tensor | Survivors, *linears: nn.Linear, residual: Tensor | None 
                     f"a linear of a model that is prepared for decoding was replaced by a {kind}; call the model's "
                     "restore() first, and prepare_for_decode() again once adapters are merged"
                 )
-        rows = _rows_of(linears)
+        rows = rows_of(linears)
         y = sparse_linear(x, rows.weights, rows.bias, residual)
         return (y,) if len(linears) == 1 else y.split(rows.sizes, dim=-1)
     outputs = tuple(linear(x) for linear in linears)

@@ -99,6 +99,7 @@ def restore(model: QSparsePreTrainedModel) -> None:
         elif isinstance(module, Prepared):
             vars(module).pop("few", None)
             vars(module).pop("always", None)
+            vars(module).pop("compiled", None)
             vars(module).pop("_spare_cache", None)
             _change_class(module, module.unprepared)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..decode import attention
+from ..decode import attention, layers
 from ..decode.weights import FloatWeights, TernaryWeights
 from ..modeling.backend import prefer
 from ..modeling.sparsify import IMPLS, SURVIVORS
@@ -104,6 +104,12 @@ def _attend_numba() -> object:
     return NumbaAttend()
 
 
+def _layer_numba() -> object:
+    from .decode_layer_numba import NumbaLayer
+
+    return NumbaLayer()
+
+
 def _step_triton() -> object:
     from .decode_attention_triton import TritonStep
 
@@ -121,6 +127,7 @@ for table, name, implementation in (
     (TernaryWeights.products, "numba", Deferred("numba", "cpu", _ternary_linear_numba)),
     (TernaryWeights.products, "triton", Deferred("triton", "cuda", _ternary_linear_triton)),
     (attention.ATTEND_IMPLS, "numba", Deferred("numba", "cpu", _attend_numba)),
+    (layers.LAYER_IMPLS, "numba", Deferred("numba", "cpu", _layer_numba)),
     (attention.STEP_IMPLS, "triton", Deferred("triton", "cuda", _step_triton)),
 ):
     prefer(table, name, implementation)

@@ -12,23 +12,24 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from .numba_base import bits_of, kernel, read, refuses_compiling, threads_for, write
+from .numba_base import bits_of, kernel, nothing, read, refuses_compiling, threads_for, write
 
 
 @kernel(parallel=True, fastmath={"contract", "nsz", "reassoc"})
-def _attend(query, keys, values, bias, scaling, y):
-    """Fill `y [B, H, d]` for `query` alike, `keys` and `values [B, H, L, d]`, and `bias [B, L]` or an empty one.
+def attend_kernel(query, keys, values, bias, scaling, y):
+    """Fill `y [B, H, d]` for `query` alike, `keys` and `values [B, H / G, L, d]`, and `bias [B, L]` or an empty one.
 
     Each head is computed by one thread, which reads the head's keys and values once.
     """
-    sequences, heads, entries, d = keys.shape
+    sequences, heads, d = query.shape
+    entries, group = keys.shape[2], heads // keys.shape[1]
     for work in prange(sequences * heads):
         sequence, head = work // heads, work % heads
         scaled, weights = np.empty(d, np.float32), np.empty(entries, np.float32)
         for i in range(d):
             scaled[i] = read(query[sequence, head, i]) * scaling
         for entry in range(entries):
-            key = keys[sequence, head, entry]
+            key = keys[sequence, head // group, entry]
             score = np.float32(0)
             for i in range(d):
                 score += scaled[i] * read(key[i])
@@ -41,11 +42,20 @@ def _attend(query, keys, values, bias, scaling, y):
             total += weights[entry]
         sums = np.zeros(d, np.float32)
         for entry in range(entries):
-            value = values[sequence, head, entry]
+            value = values[sequence, head // group, entry]
             for i in range(d):
                 sums[i] += weights[entry] * read(value[i])
         for i in range(d):
             y[sequence, head, i] = write(sums[i] / total, y)
+
+
+def scores_of(mask: Tensor | None, sequences: int, entries: int) -> np.ndarray:
+    """What a mask (see `decode.attention.attend`) adds to the scores, fp32 `[B, L]`; no elements where it is None."""
+    if mask is None:
+        return nothing(torch.float32, 2)
+    if mask.dtype == torch.bool:
+        mask = mask.new_zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, -math.inf)
+    return mask.float().expand(sequences, 1, 1, entries)[:, 0, 0].contiguous().numpy()
 
 
 class NumbaAttend:
@@ -60,13 +70,9 @@ class NumbaAttend:
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         sequences, heads, _, d = query.shape
         y = query.new_empty(sequences, 1, heads, d)
-        bias = np.empty((0, 0), np.float32)
-        if mask is not None:
-            if mask.dtype == torch.bool:
-                mask = mask.new_zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, -math.inf)
-            bias = mask.float().expand(sequences, 1, 1, keys.shape[2])[:, 0, 0].contiguous().numpy()
+        bias = scores_of(mask, sequences, keys.shape[2])
         with threads_for(2 * keys.numel()):
-            _attend(
+            attend_kernel(
                 bits_of(query).reshape(sequences, heads, d),
                 bits_of(keys),
                 bits_of(values),

@@ -35,13 +35,14 @@ _PIECE = 1024
 
 
 @kernel(parallel=True, fastmath={"contract", "nsz"})
-def _multiply(values, indices, scale, weight, bias, residual, y):
-    """`y [T, N] = (values @ weight[indices]) * scale + bias + residual`; an empty scale, bias or residual is none.
+def multiply_rows(values, indices, scale, weights, bias, residual, y):
+    """`y [T, N] = (values @ weights[indices]) * scale + bias + residual`; an empty scale, bias or residual is none.
 
     `_PARTS` parts of the kept rows are summed in parallel, in fp32, and then added up, in the same order for any number
     of threads. Four rows are read at a time: four streams from memory for one load and store of the sums. The
     beginnings of the next four rows are prefetched; the rest of a row the processor prefetches by itself.
     """
+    (weight,) = weights
     tokens, kept = values.shape
     features = weight.shape[1]
     share = ((kept + _PARTS - 1) // _PARTS + 3) // 4 * 4
@@ -104,5 +105,5 @@ class NumbaSparseLinear:
         lists = bits(values, tokens, count), indices.contiguous().numpy().reshape(tokens, count), scales_of(scale)
         added = bits(bias, features), bits(residual, tokens, features)
         with threads_for(tokens * count * features):
-            _multiply(*lists, bits(weight, *weight.shape), *added, bits(y, tokens, features))
+            multiply_rows(*lists, (bits(weight, *weight.shape),), *added, bits(y, tokens, features))
         return y

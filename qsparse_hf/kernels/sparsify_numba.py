@@ -28,7 +28,7 @@ _COUNTED = 1 << 14
 
 
 @kernel(fastmath={"contract", "nsz", "reassoc"})
-def _normalise(x, gain, eps, unit_offset, y):
+def normalise(x, gain, eps, unit_offset, y):
     """`rms_norm` of each row of `x [T, D]`."""
     tokens, features = x.shape
     for token in range(tokens):
@@ -101,7 +101,7 @@ def _mark(bits, infinity, keep, magnitudes):
 
 
 @kernel()
-def _fill_lists(bits, infinity, block, keep, values, indices):
+def fill_lists(bits, infinity, block, keep, values, indices):
     """Fill in the survivors' bits and indices, both `[T, K]`, in the order of the indices."""
     tokens, features = bits.shape
     magnitudes = np.empty(block, bits.dtype)
@@ -117,7 +117,7 @@ def _fill_lists(bits, infinity, block, keep, values, indices):
 
 
 @kernel()
-def _round(values, least, rescales, scale):
+def round_list(values, least, rescales, scale):
     """`finish_list` of rounded survivors: `values [T, K]` become levels; `scale [T]`, fp32, is what is left."""
     magnitude = values.dtype.type((1 << (8 * values.itemsize - 1)) - 1)
     for token in range(values.shape[0]):
@@ -193,12 +193,12 @@ class NumbaSurvivors:
             rows, lists = bits_of(x).reshape(-1, features), (-1, shape[-1])
             kept = bits_of(values).reshape(lists), indices.numpy().reshape(lists)
             block = selection.block_size or features
-            _fill_lists(rows, KINDS[x.dtype][1], block, selection.kept_of_block(features), *kept)
+            fill_lists(rows, KINDS[x.dtype][1], block, selection.kept_of_block(features), *kept)
         if selection.quantization == "none":
             return Survivors(finish(values, selection), indices)
         scale = x.new_empty(*shape[:-1], 1, dtype=torch.float32)
         if x.numel():
-            _round(kept[0], np.float32(LEAST_SCALE), selection.rescale == "l2", scales_of(scale))
+            round_list(kept[0], np.float32(LEAST_SCALE), selection.rescale == "l2", scales_of(scale))
         return Survivors(values, indices, scale)
 
 
@@ -206,5 +206,5 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tenso
     """As `FORMS` has it, for a few tokens `[..., D]` and a `weight [D]` of their dtype."""
     y = x.new_empty(x.shape)
     rows = -1, x.shape[-1]
-    _normalise(bits_of(x).reshape(rows), bits_of(weight), np.float32(eps), unit_offset, bits_of(y).reshape(rows))
+    normalise(bits_of(x).reshape(rows), bits_of(weight), np.float32(eps), unit_offset, bits_of(y).reshape(rows))
     return y

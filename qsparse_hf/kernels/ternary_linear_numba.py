@@ -10,8 +10,8 @@ T tokens, D features in, K of them kept, N features out; see `TernaryWeights` fo
 import math
 from collections.abc import Callable, Sequence
 
+import numba
 import numpy as np
-import torch
 from numba import prange
 from torch import Tensor
 
@@ -94,20 +94,23 @@ def _sum_values(values, rows, codes, narrow, sums):
     return total
 
 
-def _multiplier(add: Callable) -> Callable[..., None]:
-    """The product by one of the two ways to sum."""
+def _multiplier(add: Callable, kind: type, parts: int) -> Callable[..., None]:
+    """The product by one of the two ways to sum, in numbers of a kind, in so many parts or one for each thread (0)."""
 
     @kernel(parallel=True, fastmath={"contract", "nsz"})
-    def multiply(values, indices, scale, codes, alpha, first, step, bias, residual, sums, totals, y):
-        """`y [T, N]` from values and indices `[T, K]`: `sums [T, P, 4, N / 4]` of P parts of the kept rows in parallel.
+    def multiply(values, indices, scale, weights, bias, residual, y):
+        """`y [T, N]` from values and indices `[T, K]`, whose parts are summed in parallel.
 
         A weight is a code less one, so the sum of a token's values is taken off at the end. An empty scale, bias or
         residual is none.
         """
-        tokens, parts, _, width = sums.shape
-        share = (values.shape[1] + parts - 1) // parts
-        for work in prange(tokens * parts):
-            token, part = work // parts, work % parts
+        codes, alpha, first, step = weights
+        tokens, width = values.shape[0], codes.shape[1]
+        count = parts if parts else numba.get_num_threads()
+        sums, totals = np.empty((tokens, count, 4, width), kind), np.empty((tokens, count), kind)
+        share = (values.shape[1] + count - 1) // count
+        for work in prange(tokens * count):
+            token, part = work // count, work % count
             begin, end = part * share, (part + 1) * share
             narrow = np.empty(_BYTES, np.int16)
             sums[token, part] = 0
@@ -118,11 +121,11 @@ def _multiplier(add: Callable) -> Callable[..., None]:
             token, quarter = work // 4, work % 4
             factor = scale[token] if scale.size else np.float32(1)
             total = totals[token, 0]
-            for part in range(1, parts):
+            for part in range(1, count):
                 total += totals[token, part]
             for n in range(width):
                 summed = sums[token, 0, quarter, n]
-                for part in range(1, parts):
+                for part in range(1, count):
                     summed += sums[token, part, quarter, n]
                 out = first[n] + quarter * step[n]
                 value = np.float32(summed - total) * alpha[n] * factor
@@ -135,10 +138,8 @@ def _multiplier(add: Callable) -> Callable[..., None]:
     return multiply
 
 
-_multiply_levels, _multiply_values = map(_multiplier, (_sum_levels, _sum_values))
-
-_PARTS = 8
-"""Parts in which values that are no whole numbers are summed, for any number of threads: they decide on rounding."""
+# Sums of whole numbers are exact, so that their order does not matter. That of others depends on the number of parts.
+multiply_levels, multiply_values = _multiplier(_sum_levels, np.int32, 0), _multiplier(_sum_values, np.float32, 8)
 
 
 class NumbaTernaryLinear:
@@ -151,7 +152,7 @@ class NumbaTernaryLinear:
         values, indices, scale = kept
         integer, _ = KINDS[values.dtype]
         tokens, count = math.prod(values.shape[:-1]), values.shape[-1]
-        features, width = weights.shape[1], weights.codes.shape[1]
+        features = weights.shape[1]
         y = values.new_empty(*values.shape[:-1], features)
 
         def bits(each: Tensor | None, *shape: int) -> np.ndarray:
@@ -159,10 +160,7 @@ class NumbaTernaryLinear:
 
         lists = bits(values, tokens, count), indices.contiguous().numpy().reshape(tokens, count), scales_of(scale)
         added = bits(bias, features), bits(residual, tokens, features)
-        multiply, kind, parts = _multiply_values, np.float32, _PARTS
-        if scale is not None:  # sums of whole numbers are exact, so that their order does not matter
-            multiply, kind, parts = _multiply_levels, np.int32, torch.get_num_threads()
-        sums, totals = np.empty((tokens, parts, 4, width), kind), np.empty((tokens, parts), kind)
+        multiply = multiply_values if scale is None else multiply_levels
         with threads_for(tokens * count * features):
-            multiply(*lists, *weights.arrays, *added, sums, totals, bits(y, tokens, features))
+            multiply(*lists, weights.arrays, *added, bits(y, tokens, features))
         return y

@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Activations of a gated feed-forward that `glu_sparsify` takes, by Transformers' names."""
 
-_NAME_OF: dict[type, str] = {
+ACTIVATION_NAMES: dict[type, str] = {
     SiLUActivation: "silu",
     nn.SiLU: "silu",
     nn.ReLU: "relu",
@@ -457,7 +457,7 @@ class GLUSparsify(Sparsify):
 
     def forward(self, gate: Tensor, up: Tensor, activation: nn.Module) -> Tensor | Survivors:  # type: ignore[override]
         watched = activation._forward_hooks or activation._forward_pre_hooks or "forward" in vars(activation)
-        name = _NAME_OF.get(type(activation))
+        name = ACTIVATION_NAMES.get(type(activation))
         if name is None or watched or self.selection.sparsity == 0:
             return self.select("topk", activation(gate) * up)
         return self.select("glu_topk", gate, up, name)
