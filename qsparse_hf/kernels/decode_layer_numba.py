@@ -68,7 +68,7 @@ def _stages(multiply: Callable) -> tuple[Callable, Callable]:
     """The two calls, with the product of one format of weights."""
 
     @kernel()
-    def project(x, group, infinity, residual, y):
+    def project(x, group, infinity, residual, threads, y):
         """`y [1, N]` of a group's projections of `x [1, D]`."""
         gain, eps, unit_offset, block, keep, rounds, rescales, weights, bias = group
         if gain.size:
@@ -81,15 +81,15 @@ def _stages(multiply: Callable) -> tuple[Callable, Callable]:
         scale = np.empty(1 if rounds else 0, np.float32)
         if rounds:
             round_list(values, _LEAST, rescales, scale)
-        multiply(values, indices, scale, weights, bias, residual, y)
+        multiply(values, indices, scale, weights, bias, residual, threads, y)
 
     @kernel()
-    def before(x, group, infinity, head_norms, cos, sin, none, query, key, value):
+    def before(x, group, infinity, head_norms, cos, sin, none, threads, query, key, value):
         """Query `[1, H, d]`, key and value `[1, H / G, d]` of `x [1, D]`, after the rotary embedding."""
         q_gain, k_gain, eps, unit_offset = head_norms
         heads, kv_heads, d = query.shape[1], key.shape[1], query.shape[2]
         y = np.empty((1, (heads + 2 * kv_heads) * d), x.dtype)
-        project(x, group, infinity, none, y)
+        project(x, group, infinity, none, threads, y)
         each = y.reshape(heads + 2 * kv_heads, d)
         if q_gain.size:
             normed = np.empty_like(each)
@@ -104,17 +104,17 @@ def _stages(multiply: Callable) -> tuple[Callable, Callable]:
             value[0, head] = each[heads + kv_heads + head]
 
     @kernel()
-    def after(x, query, keys, values, scores, scaling, groups, infinity, activation, none, y):
+    def after(x, query, keys, values, scores, scaling, groups, infinity, activation, none, threads, y):
         """`y [1, D]`: attention of `query [1, H, d]` over the cache, its projection, the feed-forward, both sums."""
         of_o, of_gate_up, of_down, inner = groups
         attended = np.empty_like(query)
         attend_kernel(query, keys, values, scores, scaling, attended)
         between = np.empty_like(x)
-        project(attended.reshape(1, query.shape[1] * query.shape[2]), of_o, infinity, x, between)
+        project(attended.reshape(1, query.shape[1] * query.shape[2]), of_o, infinity, x, threads, between)
         both, hidden = np.empty((1, 2 * inner), x.dtype), np.empty((1, inner), x.dtype)
-        project(between, of_gate_up, infinity, none, both)
+        project(between, of_gate_up, infinity, none, threads, both)
         _gated(both, activation, hidden)
-        project(hidden, of_down, infinity, between, y)
+        project(hidden, of_down, infinity, between, threads, y)
 
     return before, after
 
@@ -145,14 +145,14 @@ class CompiledLayer:
         self.steps = sum(rows.weights.shape[0] * rows.weights.shape[1] for _, rows in groups)
 
     def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any) -> Tensor:
-        d = self.attention.head_dim
+        d, threads = self.attention.head_dim, torch.get_num_threads()
         query = x.new_empty(1, self.heads, d)
         key, value = x.new_empty(1, self.kv_heads, 1, d), x.new_empty(1, self.kv_heads, 1, d)
         row = bits_of(x).reshape(1, -1)
         bits = [bits_of(each).reshape(1, -1, d) for each in (query, key, value)]
         cos, sin = (bits_of(each).reshape(-1) for each in rotary)
         with threads_for(self.steps):
-            self.before(row, self.qkv, self.infinity, self.head_norms, cos, sin, self.none, *bits)
+            self.before(row, self.qkv, self.infinity, self.head_norms, cos, sin, self.none, threads, *bits)
         if cache is not None:
             key, value = cache.update(key, value, self.attention.layer_idx)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -169,6 +169,7 @@ class CompiledLayer:
                 self.infinity,
                 self.activation,
                 self.none,
+                threads,
                 bits_of(y).reshape(1, -1),
             )
         return y

@@ -10,8 +10,8 @@ T tokens, D features in, K of them kept, N features out; see `TernaryWeights` fo
 import math
 from collections.abc import Callable, Sequence
 
-import numba
 import numpy as np
+import torch
 from numba import prange
 from torch import Tensor
 
@@ -94,11 +94,11 @@ def _sum_values(values, rows, codes, narrow, sums):
     return total
 
 
-def _multiplier(add: Callable, kind: type, parts: int) -> Callable[..., None]:
-    """The product by one of the two ways to sum, in numbers of a kind, in so many parts or one for each thread (0)."""
+def _multiplier(add: Callable, kind: type, fixed: int) -> Callable[..., None]:
+    """The product by one of the two ways to sum, in numbers of a kind; in a fixed number of parts unless that is 0."""
 
     @kernel(parallel=True, fastmath={"contract", "nsz"})
-    def multiply(values, indices, scale, weights, bias, residual, y):
+    def multiply(values, indices, scale, weights, bias, residual, threads, y):
         """`y [T, N]` from values and indices `[T, K]`, whose parts are summed in parallel.
 
         A weight is a code less one, so the sum of a token's values is taken off at the end. An empty scale, bias or
@@ -106,7 +106,7 @@ def _multiplier(add: Callable, kind: type, parts: int) -> Callable[..., None]:
         """
         codes, alpha, first, step = weights
         tokens, width = values.shape[0], codes.shape[1]
-        count = parts if parts else numba.get_num_threads()
+        count = fixed if fixed else threads
         sums, totals = np.empty((tokens, count, 4, width), kind), np.empty((tokens, count), kind)
         share = (values.shape[1] + count - 1) // count
         for work in prange(tokens * count):
@@ -162,5 +162,5 @@ class NumbaTernaryLinear:
         added = bits(bias, features), bits(residual, tokens, features)
         multiply = multiply_values if scale is None else multiply_levels
         with threads_for(tokens * count * features):
-            multiply(*lists, weights.arrays, *added, bits(y, tokens, features))
+            multiply(*lists, weights.arrays, *added, torch.get_num_threads(), bits(y, tokens, features))
         return y
