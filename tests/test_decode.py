@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from qsparse_hf import sparsity_report
-from qsparse_hf.decode import generation, graph, prepare
+from qsparse_hf.decode import generation, graph, layers, prepare
 from qsparse_hf.decode.graph import DecodeGraph, why_no_graph
 from qsparse_hf.decode.layout import InputMajor, few_tokens
 from qsparse_hf.decode.transformers_names import CACHE
@@ -42,8 +43,9 @@ SETTINGS = [
 
 @pytest.fixture
 def products(monkeypatch) -> list[tuple[int, ...]]:
-    """The shapes of the values that sparse products read, in a list that grows."""
+    """The shapes of the values that sparse products read, in a list that grows; no layer runs as a whole."""
     shapes = []
+    monkeypatch.setattr(layers, "LAYER_IMPLS", {})
     for table in (FloatWeights.products, TernaryWeights.products):
         for name, implementation in table.items():
             product = implementation.product
@@ -67,6 +69,101 @@ def test_same_tokens_through_sparse_products(family, fields, tokens, products):
     dense_groups = 1 if "sparsity_per_projection" in fields else 0  # nothing to skip: it stays as it was
     assert len(products) == 15 * (8 - dense_groups)  # 4 groups of 2 layers; the prompt is read by dense products
     assert {shape[:2] for shape in products} == {(1, 1)}
+
+
+@pytest.fixture
+def whole_layers(monkeypatch) -> list[str]:
+    """The dtypes of inputs that layers took as a whole, in a list that grows."""
+    pytest.importorskip("numba")
+    dtypes = []
+    real = layers.PreparedDecoderLayer._function
+
+    def spied(layer, x: torch.Tensor, kwargs: dict):
+        function = real(layer, x, kwargs)
+        if function is not None:
+            dtypes.append(x.dtype)
+        return function
+
+    monkeypatch.setattr(layers.PreparedDecoderLayer, "_function", spied)
+    return dtypes
+
+
+LAYER_SETTINGS = [
+    {},
+    {"sparsity_block_size": 32},
+    {"activation_quantization": "int8", "sparsity_rescale": "l2"},
+    {"weight_quantization": "ternary"},
+    {"weight_quantization": "ternary", "activation_quantization": "int8", "sparsity": 0},
+]
+
+
+@pytest.mark.parametrize("fields", LAYER_SETTINGS, ids=str)
+def test_same_tokens_through_whole_layers(family, fields, tokens, whole_layers):
+    model = make(sparse_config(family, **fields))
+    expected = model.generate(tokens[:1, :20], **GREEDY)
+    assert torch.equal(model.prepare_for_decode().generate(tokens[:1, :20], **GREEDY), expected)
+    assert len(whole_layers) == (0 if family == "gemma3_text" else 15 * 2)  # whose layers add no product to a sum
+
+
+@pytest.mark.parametrize("option", [name for name in OPTIONS if not name.startswith("gemma3_text")])
+def test_same_tokens_through_whole_layers_of_every_option(option, tokens, whole_layers):
+    model = make(sparse_config(option.split()[0], **OPTIONS[option]))
+    expected = model.generate(tokens[:1, :20], **GREEDY)
+    assert torch.equal(model.prepare_for_decode().generate(tokens[:1, :20], **GREEDY), expected)
+    assert whole_layers
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_pytorch_tanh", "relu2"])
+def test_whole_layers_of_every_activation(activation, tokens, whole_layers):
+    model = make(sparse_config("llama", hidden_act=activation))
+    expected = model.generate(tokens[:1], **GREEDY)
+    assert torch.equal(model.prepare_for_decode().generate(tokens[:1], **GREEDY), expected)
+    assert whole_layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_whole_layer_is_its_operators(dtype, tokens, whole_layers, monkeypatch):
+    """Also over a static cache, whose free entries are masked, and behind padding."""
+    model = make(sparse_config("qwen3", sparsity=0.02), dtype=dtype).prepare_for_decode()
+    mask = torch.ones_like(tokens[:1])
+    mask[0, :3] = 0
+    for cache in (DynamicCache, partial(StaticCache, max_cache_len=40)):
+        results = []
+        for table in (layers.LAYER_IMPLS, {}):
+            with monkeypatch.context() as patch, torch.no_grad():
+                patch.setattr(layers, "LAYER_IMPLS", table)
+                filled = cache(config=model.config)
+                model(tokens[:1, :-1], attention_mask=mask[:, :-1], past_key_values=filled)
+                results.append(model(tokens[:1, -1:], attention_mask=mask, past_key_values=filled).logits)
+        assert_close(*results)
+    assert whole_layers == [dtype] * 4
+
+
+def test_what_a_whole_layer_would_not_do(tokens, whole_layers):
+    """Hooks see their modules, several sequences and gradients take operators, other selections are another layer."""
+    model = make(sparse_config("llama", sparsity_rescale="l2")).prepare_for_decode()
+    model.generate(tokens[:1], **GREEDY)
+    assert not whole_layers  # it rescales and does not round
+    model = make(sparse_config("llama")).prepare_for_decode()
+    model.generate(tokens, **GREEDY)
+    model(tokens[:1, -1:])
+    assert not whole_layers
+    seen = []
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *call: seen.append(call))
+    model.generate(tokens[:1], **GREEDY)
+    assert len(seen) == 16
+    assert len(whole_layers) == 15  # the other layer's
+    handle.remove()
+    whole_layers.clear()
+    for factor in (1, 0.5, 0):
+        model.scale_sparsity(factor)
+        expected = make(sparse_config("llama", sparsity=0.5 * factor)).generate(tokens[:1], **GREEDY)
+        assert torch.equal(model.generate(tokens[:1], **GREEDY), expected)
+    assert len(whole_layers) == 2 * 15 * 2  # a dense layer has nothing to skip
+    other = make(sparse_config("llama"), seed=3)
+    model.scale_sparsity(1)
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(model.generate(tokens[:1], **GREEDY), other.generate(tokens[:1], **GREEDY))
 
 
 @pytest.mark.parametrize(
