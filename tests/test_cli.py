@@ -68,7 +68,10 @@ MISTAKES = [
     (["convert", "who/nowhere", "out"], "who/nowhere: is no file or folder here, and the Hub did not give it: HF_HUB_"),
     (["convert", "dense", "out", "--gguf-file", "x.gguf"], "dense holds no 'x.gguf'; its GGUF files are: none"),
     (["train", "run.yaml", "distill_from=a/b/c"], "distill_from: a/b/c: is no file or folder here, and no repository"),
-    (["bench", "decode", "--models", "~/model"], "(none of llama-2-7b, llama-3-8b, mistral-7b, 1b, 70b-slice): is no "),
+    (
+        ["bench", "decode", "--models", "~/model"],
+        "(none of llama-2-7b, llama-3-8b, mistral-7b, 1b, bitnet-2b, 70b-slice): is no ",
+    ),
     (["report", "nowhere", "--text", "file.txt"], "nowhere: is no file or folder here"),
     (["report", "empty", "--text", "file.txt"], "empty holds no config.json"),
     (["report", "unfinished", "--text", "file.txt"], "it is an unfinished run's, name one of the checkpoints in it"),

@@ -117,9 +117,9 @@ def test_adapters_learn_beside_ternary_weights_that_stay(tmp_path):
         assert torch.equal(weight, before[name]) != ("lora" in name)
 
 
-def test_every_level_is_compiled_once(tmp_path, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_every_level_is_compiled_once(tmp_path):
     """Sparsity and strength climb at other updates; the last level is the configured model's."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     losses = []
     for compiled in (False, True):
         torch._dynamo.reset()

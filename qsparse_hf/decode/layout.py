@@ -115,11 +115,13 @@ def few_tokens(sparsity: float, linear: Any) -> int:
 
     Each token reads rows of its own, so `1 / (1 - sparsity)` tokens read as much as the dense product. On a CPU twice
     as many: there the dense product over an input-major weight takes one and a half times as long as over the usual.
-    Ternary weights are unpacked, or quantized, as a whole in every dense product, which takes longer than reading them
-    packed sixteen times.
+    Ternary weights are unpacked, or quantized, as a whole in every dense product: that takes as long as reading the
+    packed ones many times.
     """
     weight = linear.weight
-    if isinstance(linear, _TERNARY) or not _is_fast(weight.device, weight.dtype):
+    if isinstance(linear, _TERNARY):
+        return 32 if weight.device.type == "cpu" else 16
+    if not _is_fast(weight.device, weight.dtype):
         return 16
     return max(int((2 if weight.device.type == "cpu" else 1) / (1 - sparsity) + 1e-9), 1)
 

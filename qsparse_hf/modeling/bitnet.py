@@ -111,7 +111,10 @@ def pack(codes: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """The codes `[N, D]` that `pack` was given, of a floating dtype."""
-    return torch.cat([(packed >> 2 * i & 3).to(dtype) - 1 for i in range(CODES_IN_A_BYTE)])
+    codes = packed.new_empty(CODES_IN_A_BYTE, *packed.shape, dtype=dtype)
+    for i in range(CODES_IN_A_BYTE):
+        codes[i].copy_((packed >> 2 * i).bitwise_and_(3).view(torch.int8).sub_(1))
+    return codes.flatten(0, 1)
 
 
 def holds_illegal_code(packed: Tensor) -> bool:
