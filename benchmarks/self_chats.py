@@ -100,7 +100,7 @@ def main() -> None:
             if not new.keys() - found.keys():
                 raise SystemExit(f"{arguments.model} makes up no conversations that come to an end")
             found |= new
-            progress.update(len(found) - progress.n)
+            progress.update(min(len(found), arguments.conversations) - progress.n)
     rows = [*found.values()][: arguments.conversations]
     arguments.output.mkdir(parents=True, exist_ok=True)
     for part, chosen in (("eval", rows[::HELD_OUT]), ("train", [row for i, row in enumerate(rows) if i % HELD_OUT])):
