@@ -456,6 +456,8 @@ def bench_decode(
     configs = {name: _configs(name, weights) for name in models}
     for name, (dense_config, _, _) in configs.items():
         _check_memory(name, dense_config, place, DTYPES[dtype])
+        with user_errors(name):  # weights that cannot be packed
+            _random_model(configs[name][1], torch.device("meta"), DTYPES[dtype])
     chosen: dict[str, list[float | None]] = {
         name: [None, *sparsities] if is_sparse else [*(sparsities or SPARSITIES[weights])]
         for name, (_, _, is_sparse) in configs.items()

@@ -344,7 +344,7 @@ def _configs(folder: Path, weights: str | None, fields: dict[str, Any]) -> _Sour
         if weights is not None or asked != "ternary":
             raise UserError(f"weight_quantization {asked!r} is not that of {weights or form.name} weights")
         written_as = fields_of("ternary")
-    with user_errors("the sparsity asked for"):  # no mistake of the file's
+    with user_errors("the fields asked for"):  # no mistake of the file's
         plain = family(**taken | fields | fields_of("plain"))
         return _Source(dense, plain, family(**taken | fields | written_as), form)
 

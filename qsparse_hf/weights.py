@@ -33,6 +33,7 @@ from .modeling.bitnet import (
     unpack,
 )
 from .modeling.configuration_qsparse import PACKED_AS, QSparseConfigMixin
+from .modeling.modeling_qsparse import QSparsePreTrainedModel
 
 FORMS = ("ternary", "packed", "plain")
 
@@ -305,6 +306,9 @@ def make_plain(model: Any) -> None:
         model: Q-Sparse, with PEFT's adapters or without. It is not for training any more: the weights of full precision
             are gone.
     """
+    for module in list(model.modules()):
+        if isinstance(module, QSparsePreTrainedModel):
+            module.restore()  # prepared linears are no plain ones
     for name, linear in list(quantized_linears(model)):
         if isinstance(linear, PackedLinear):
             model.set_submodule(name, _unpacked(linear, model.dtype))

@@ -163,3 +163,12 @@ def test_a_ramp_leads_from_full_precision_to_ternary_weights(tokens):
     assert torch.equal(quantized(tokens).logits, at_once)
     with pytest.raises(ValueError, match="between 0 and 1, got 2"):
         quantized.scale_quantization(2)
+
+
+def test_a_packed_linear_does_not_overflow_where_a_plain_one_does_not():
+    """4,096 codes of 1 times 20 are beyond fp16, and times a scale of 1 / 50 they are not."""
+    linear = PackedLinear(4096, 4, bias=False, divides=True)
+    linear.weight.copy_(pack(torch.ones(4, 4096)))
+    linear.weight_scale.fill_(50.0)
+    y = linear(torch.full((1, 4096), 20.0, dtype=torch.float16))
+    assert y.tolist() == [[pytest.approx(1638.4, rel=1e-3)] * 4]

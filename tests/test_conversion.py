@@ -541,7 +541,7 @@ def drop_tensor(folder):
         (set_config(sparsity_blocksize=32), {}, "did you mean sparsity_block_size"),
         (drop_weights, {}, "neither model.safetensors nor"),
         (drop_tensor, {}, "lacks 'model.norm.weight', which the index says"),
-        (break_nothing, {"sparsity": 1.0}, "^the sparsity asked for: sparsity must be .*got 1.0"),
+        (break_nothing, {"sparsity": 1.0}, "^the fields asked for: sparsity must be .*got 1.0"),
         (break_nothing, {"sparsity_block_size": 24}, "sparsity_block_size .*got 24"),
         (break_nothing, {"sparsty": 0.5}, "unknown field 'sparsty'"),
         (break_nothing, {"dtype": "int8"}, "dtype must be one of .*'int8'"),

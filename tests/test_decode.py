@@ -5,11 +5,12 @@ import itertools
 import logging
 import pickle
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from conftest import DISTINCT, OPTIONS, assert_close, make, sparse_config
+from conftest import DISTINCT, OPTIONS, assert_close, make, run_python, sparse_config
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,6 +30,7 @@ from qsparse_hf.decode.graph import DecodeGraph, why_no_graph
 from qsparse_hf.decode.layout import InputMajor, few_tokens
 from qsparse_hf.decode.transformers_names import CACHE
 from qsparse_hf.decode.weights import FloatWeights, TernaryWeights
+from qsparse_hf.modeling.bitnet import PackedLinear, pack
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 SETTINGS = [
@@ -88,6 +90,7 @@ def whole_layers(monkeypatch) -> list[str]:
     return dtypes
 
 
+ONE_BIT = {"weight_quantization": "ternary", "activation_quantization": "int8"}
 LAYER_SETTINGS = [
     {},
     {"sparsity_block_size": 32},
@@ -137,6 +140,90 @@ def test_a_whole_layer_is_its_operators(dtype, tokens, whole_layers, monkeypatch
                 results.append(model(tokens[:1, -1:], attention_mask=mask, past_key_values=filled).logits)
         assert_close(*results)
     assert whole_layers == [dtype] * 4
+
+
+def test_kernels_of_whole_layers_are_kept_for_the_next_process(tmp_path):
+    """Compiling takes ten seconds and more; a second process finds all of it, and adds nothing."""
+    pytest.importorskip("numba")
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from conftest import make, sparse_config
+for fields in ({{}}, {ONE_BIT}):
+    model = make(sparse_config("llama", **fields)).prepare_for_decode()
+    model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=3, do_sample=False)
+    assert model.model.layers[0].compiled[1] is not None
+"""
+    runs = [run_python(code, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)]
+    assert ["compiling the kernels" in run.stderr for run in runs] == [True, False]
+
+
+def test_a_prepared_packed_model_takes_other_scales(tokens):
+    config = sparse_config("llama", **ONE_BIT)
+    config.quantization_config = {"quant_method": "bitnet", "linear_class": "bitlinear"}
+    models = []
+    for scale in (20.0, 5.0):
+        model = make(config)
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                codes = torch.randint(-1, 2, (module.out_features, module.in_features))
+                module.weight.copy_(pack(codes))
+                module.weight_scale.fill_(scale)
+        models.append(model)
+    model, other = models
+    expected = other.generate(tokens[:1], **GREEDY)
+    model.prepare_for_decode().generate(tokens[:1], **GREEDY)
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model.generate(tokens[:1], **GREEDY), expected)
+
+
+@pytest.mark.parametrize("activations", ["none", "int8"])
+def test_nothing_is_rescaled_where_nothing_is_selected(activations, tokens):
+    fields = {"weight_quantization": "ternary", "activation_quantization": activations, "sparsity_rescale": "l2"}
+    for sparsity, factor in ((0, 1), (0.5, 0)):
+        model = make(sparse_config("llama", sparsity=sparsity, **fields))
+        model.scale_sparsity(factor)
+        expected = model.generate(tokens[:1], **GREEDY)
+        assert torch.equal(model.prepare_for_decode().generate(tokens[:1], **GREEDY), expected)
+
+
+def test_weights_on_their_way_to_ternary_ones_are_not_packed(tokens):
+    model = make(sparse_config("llama", **ONE_BIT)).prepare_for_decode()
+    model.scale_quantization(0.5)
+    assert not model.is_prepared
+    with pytest.raises(
+        ValueError, match=r"q_proj of layer 0 is on its way to ternary weights; scale_quantization\(1\)"
+    ):
+        model.prepare_for_decode()
+    model.scale_quantization(1)
+    assert model.prepare_for_decode().is_prepared
+    model.scale_quantization(1)
+    assert model.is_prepared
+    odd = make(sparse_config("llama", **ONE_BIT, intermediate_size=98))
+    with pytest.raises(
+        ValueError, match=r"gate_proj of layer 0 has 98 rows, and packed weights need a multiple of four"
+    ):
+        odd.prepare_for_decode()
+
+
+def test_an_activation_that_changes_under_a_prepared_model(tokens, whole_layers):
+    model, other = make(sparse_config("llama")), make(sparse_config("llama", hidden_act="relu"))
+    model.prepare_for_decode().generate(tokens[:1], **GREEDY)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.ReLU()
+    assert torch.equal(model.generate(tokens[:1], **GREEDY), other.generate(tokens[:1], **GREEDY))
+    seen = []
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *call: seen.append(call))
+    model.generate(tokens[:1], **GREEDY)
+    assert len(seen) == 16
+
+
+def test_an_adapter_on_one_of_a_group_is_named(tokens):
+    model = make(sparse_config("llama")).prepare_for_decode()
+    adapted = get_peft_model(model, LoraConfig(target_modules=["v_proj"]))
+    with pytest.raises(RuntimeError, match=r"was replaced by a .*call the model's restore"):
+        adapted.generate(input_ids=tokens[:1], **GREEDY)
 
 
 def test_what_a_whole_layer_would_not_do(tokens, whole_layers):

@@ -265,6 +265,14 @@ def test_survivors_side_by_side(device, backend, form, features, block_size, res
     assert torch.equal(y != 0, expected != 0)
 
 
+@pytest.mark.parametrize(("device", "backend"), backends(SURVIVORS))
+def test_of_an_infinite_token_nothing_is_left(device, backend):
+    kept = topk_sparsify(
+        torch.tensor([[1.0, inf, 2.0, 3.0]], device=device), 0.5, backend=backend, compact=True, quantization="int8"
+    )
+    assert (kept.values * kept.scale).isnan().all()
+
+
 @pytest.mark.parametrize(
     ("rescale", "quantization", "ste"),
     [("l2", "none", True), ("l2", "none", False), ("none", "int8", True), ("l2", "int8", True)],

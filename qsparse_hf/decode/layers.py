@@ -179,24 +179,28 @@ class PreparedDecoderLayer(Prepared, nn.Module):
         ):
             return None
         parts = [getter(self) for getter in _getters(tuple(attention.config.projection_groups.values()))]
-        if any(map(_is_watched, (attention, self.mlp, *(each for part in parts for each in part)))):
+        activation, head_norms = self.mlp.activation(), attention.head_norms()
+        inside = (attention, self.mlp, activation, *head_norms, *(each for part in parts for each in part))
+        if any(map(_is_watched, inside)):
             return None
-        if not all(isinstance(part[1], InputMajor) and part[0].skips for part in parts):
+        if not all(selector.skips and all(map(_is_laid_out, linears)) for selector, *linears in parts):
             return None
         groups = [(selector, rows_of(linears)) for selector, *linears in parts]
-        norms = [each for each in (*(part[0] for part in parts), *attention.head_norms()) if hasattr(each, "weight")]
+        norms = [each for each in (*(part[0] for part in parts), *head_norms) if hasattr(each, "weight")]
         if any(norm.weight.dtype != x.dtype for norm in norms):
             return None
-        state = [
-            *((selector.selection, rows) for selector, rows in groups),
-            *(norm.weight.data_ptr() for norm in norms),
-        ]
+        state = [type(activation), *((selector.selection, rows) for selector, rows in groups)]
+        state += [norm.weight.data_ptr() for norm in norms]
         if self.compiled is None or self.compiled[0] != state:
             reason = implementation.refuses_layer(self, groups)
             if reason:
                 say_once(logging.INFO, f"a layer is decoded operator by operator: {reason}")
             self.compiled = state, None if reason else implementation.compile(self, groups)
         return self.compiled[1]
+
+
+def _is_laid_out(linear: nn.Module) -> bool:
+    return isinstance(linear, InputMajor)
 
 
 def _is_watched(module: nn.Module) -> bool:

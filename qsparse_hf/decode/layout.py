@@ -54,10 +54,12 @@ class Rows:
 
     @staticmethod
     def _places(linears: Sequence[Any]) -> list[tuple[int, int] | None]:
-        """Where weights and biases lie, and how often master weights have changed, of which the codes are a copy."""
-        tensors = [each for linear in linears for each in (linear.weight, linear.bias)]
-        changes = isinstance(linears[0], TernaryLinear)
-        return [None if each is None else (each.data_ptr(), each._version if changes else 0) for each in tensors]
+        """Where weights and biases lie, and how often those have changed of which this holds something else."""
+        copied = [linear.weight for linear in linears if isinstance(linear, TernaryLinear)]
+        copied += [linear.weight_scale for linear in linears if isinstance(linear, PackedLinear)]
+        shared = [each for linear in linears for each in (linear.weight, linear.bias)]
+        places = [None if each is None else (each.data_ptr(), 0) for each in shared]
+        return [*places, *((each.data_ptr(), each._version) for each in copied)]
 
     def are_those_of(self, linears: Sequence[Any]) -> bool:
         """Whether the parameters still are those of this. Copying a model or assigning a state dict replaces them."""

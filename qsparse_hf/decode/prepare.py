@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from ..modeling.bitnet import CODES_IN_A_BYTE
 from ..modeling.modeling_qsparse import QSparseAttention, QSparseForCausalLM, QSparseMLP, QSparsePreTrainedModel
 from ..modeling.sparsify import Sparsify
 from .generation import PreparedGeneration
@@ -22,6 +23,10 @@ class PreparedModel(Prepared, QSparsePreTrainedModel):
     def scale_sparsity(self, factor: float) -> None:
         super().scale_sparsity(factor)
         _count_few_tokens(self)
+
+    def scale_quantization(self, strength: float) -> None:
+        with as_restored(self):  # weights on their way to ternary ones are not packed: then it stays restored
+            self.scale_quantization(strength)
 
     def _apply(self, *args, **kwargs) -> Self:  # `.to`, `.half` and the like give each parameter a tensor of its own
         with as_restored(self):
@@ -155,4 +160,6 @@ def why_not_prepared(model: QSparsePreTrainedModel) -> str | None:
                 return f"{where} is a {kind} with a {held}; merge adapters before"
             if getattr(linear, "strength", 1) != 1:
                 return f"{where} is on its way to ternary weights; scale_quantization(1) ends it"
+            if is_ternary(linear) and linear.out_features % CODES_IN_A_BYTE:
+                return f"{where} has {linear.out_features} rows, and packed weights need a multiple of four"
     return None

@@ -9,12 +9,12 @@ selection, the weights side by side.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numba.extending import overload
 from torch import Tensor
 
 from ..decode.layout import Rows
@@ -25,7 +25,7 @@ from .decode_attention_numba import attend_kernel, scores_of
 from .numba_base import KINDS, bits_of, kernel, nothing, read, refuses_compiling, threads_for, write
 from .sparse_linear_numba import multiply_rows
 from .sparsify_numba import fill_lists, normalise, round_list
-from .ternary_linear_numba import multiply_levels, multiply_values
+from .ternary_linear_numba import multiply_codes
 
 _ACTIVATIONS = ("silu", "relu", "relu2", "gelu", "gelu_pytorch_tanh")
 _LEAST = np.float32(LEAST_SCALE)
@@ -63,60 +63,71 @@ def _gated(both, activation, hidden):
         hidden[0, i] = write(read(write(y, both)) * read(both[0, size + i]), both)
 
 
-@cache
-def _stages(multiply: Callable) -> tuple[Callable, Callable]:
-    """The two calls, with the product of one format of weights."""
+def _multiply(values, indices, scale, weights, bias, residual, threads, y):
+    """The product of a format of weights: floats are one array, ternary ones four."""
 
-    @kernel()
-    def project(x, group, infinity, residual, threads, y):
-        """`y [1, N]` of a group's projections of `x [1, D]`."""
-        gain, eps, unit_offset, block, keep, rounds, rescales, weights, bias = group
-        if gain.size:
-            normed = np.empty_like(x)
-            normalise(x, gain, eps, unit_offset, normed)
-            x = normed
-        kept = x.shape[1] // block * keep
-        values, indices = np.empty((1, kept), x.dtype), np.empty((1, kept), np.int32)
-        fill_lists(x, infinity, block, keep, values, indices)
-        scale = np.empty(1 if rounds else 0, np.float32)
-        if rounds:
-            round_list(values, _LEAST, rescales, scale)
-        multiply(values, indices, scale, weights, bias, residual, threads, y)
 
-    @kernel()
-    def before(x, group, infinity, head_norms, cos, sin, none, threads, query, key, value):
-        """Query `[1, H, d]`, key and value `[1, H / G, d]` of `x [1, D]`, after the rotary embedding."""
-        q_gain, k_gain, eps, unit_offset = head_norms
-        heads, kv_heads, d = query.shape[1], key.shape[1], query.shape[2]
-        y = np.empty((1, (heads + 2 * kv_heads) * d), x.dtype)
-        project(x, group, infinity, none, threads, y)
-        each = y.reshape(heads + 2 * kv_heads, d)
-        if q_gain.size:
-            normed = np.empty_like(each)
-            normalise(each[:heads], q_gain, eps, unit_offset, normed[:heads])
-            normalise(each[heads : heads + kv_heads], k_gain, eps, unit_offset, normed[heads : heads + kv_heads])
-            normed[heads + kv_heads :] = each[heads + kv_heads :]
-            each = normed
-        for head in range(heads):
-            _rotate(each[head], cos, sin, query[0, head])
-        for head in range(kv_heads):
-            _rotate(each[heads + head], cos, sin, key[0, head])
-            value[0, head] = each[heads + kv_heads + head]
+@overload(_multiply)
+def _multiply_for(values, indices, scale, weights, bias, residual, threads, y):
+    if len(weights) == 1:
+        return lambda values, indices, scale, weights, bias, residual, threads, y: multiply_rows(
+            values, indices, scale, weights, bias, residual, y
+        )
+    return lambda values, indices, scale, weights, bias, residual, threads, y: multiply_codes(
+        values, indices, scale, weights, bias, residual, threads, y
+    )
 
-    @kernel()
-    def after(x, query, keys, values, scores, scaling, groups, infinity, activation, none, threads, y):
-        """`y [1, D]`: attention of `query [1, H, d]` over the cache, its projection, the feed-forward, both sums."""
-        of_o, of_gate_up, of_down, inner = groups
-        attended = np.empty_like(query)
-        attend_kernel(query, keys, values, scores, scaling, attended)
-        between = np.empty_like(x)
-        project(attended.reshape(1, query.shape[1] * query.shape[2]), of_o, infinity, x, threads, between)
-        both, hidden = np.empty((1, 2 * inner), x.dtype), np.empty((1, inner), x.dtype)
-        project(between, of_gate_up, infinity, none, threads, both)
-        _gated(both, activation, hidden)
-        project(hidden, of_down, infinity, between, threads, y)
 
-    return before, after
+@kernel()
+def _project(x, group, infinity, residual, threads, y):
+    """`y [1, N]` of a group's projections of `x [1, D]`."""
+    gain, eps, unit_offset, block, keep, rounds, rescales, weights, bias = group
+    if gain.size:
+        normed = np.empty_like(x)
+        normalise(x, gain, eps, unit_offset, normed)
+        x = normed
+    kept = x.shape[1] // block * keep
+    values, indices = np.empty((1, kept), x.dtype), np.empty((1, kept), np.int32)
+    fill_lists(x, infinity, block, keep, values, indices)
+    scale = np.empty(1 if rounds else 0, np.float32)
+    if rounds:
+        round_list(values, _LEAST, rescales, scale)
+    _multiply(values, indices, scale, weights, bias, residual, threads, y)
+
+
+@kernel()
+def _before(x, group, infinity, head_norms, cos, sin, none, threads, query, key, value):
+    """Query `[1, H, d]`, key and value `[1, H / G, d]` of `x [1, D]`, after the rotary embedding."""
+    q_gain, k_gain, eps, unit_offset = head_norms
+    heads, kv_heads, d = query.shape[1], key.shape[1], query.shape[2]
+    y = np.empty((1, (heads + 2 * kv_heads) * d), x.dtype)
+    _project(x, group, infinity, none, threads, y)
+    each = y.reshape(heads + 2 * kv_heads, d)
+    if q_gain.size:
+        normed = np.empty_like(each)
+        normalise(each[:heads], q_gain, eps, unit_offset, normed[:heads])
+        normalise(each[heads : heads + kv_heads], k_gain, eps, unit_offset, normed[heads : heads + kv_heads])
+        normed[heads + kv_heads :] = each[heads + kv_heads :]
+        each = normed
+    for head in range(heads):
+        _rotate(each[head], cos, sin, query[0, head])
+    for head in range(kv_heads):
+        _rotate(each[heads + head], cos, sin, key[0, head])
+        value[0, head] = each[heads + kv_heads + head]
+
+
+@kernel()
+def _after(x, query, keys, values, scores, scaling, groups, infinity, activation, none, threads, y):
+    """`y [1, D]`: attention of `query [1, H, d]` over the cache, its projection, the feed-forward, both sums."""
+    of_o, of_gate_up, of_down, inner = groups
+    attended = np.empty_like(query)
+    attend_kernel(query, keys, values, scores, scaling, attended)
+    between = np.empty_like(x)
+    _project(attended.reshape(1, query.shape[1] * query.shape[2]), of_o, infinity, x, threads, between)
+    both, hidden = np.empty((1, 2 * inner), x.dtype), np.empty((1, inner), x.dtype)
+    _project(between, of_gate_up, infinity, none, threads, both)
+    _gated(both, activation, hidden)
+    _project(hidden, of_down, infinity, between, threads, y)
 
 
 class CompiledLayer:
@@ -124,14 +135,7 @@ class CompiledLayer:
 
     def __init__(self, layer: Any, groups: Sequence[tuple[Sparsify, Rows]]) -> None:
         self.attention = layer.self_attn
-        weights = groups[0][1].weights
-        rounds = groups[0][0].selection.quantization == "int8"
-        multiply = (
-            multiply_rows if isinstance(weights, FloatWeights) else multiply_levels if rounds else multiply_values
-        )
-        self.before, self.after = _stages(multiply)
-        self.dtype = layer.input_layernorm.weight.dtype
-        integer, self.infinity = KINDS[self.dtype]
+        integer, self.infinity = KINDS[layer.input_layernorm.weight.dtype]
         self.none, empty = nothing(integer, 2), nothing(integer, 1)
         qkv, *others = (_group(selector, rows, empty) for selector, rows in groups)
         self.qkv, self.others = qkv, (*others, groups[3][1].weights.shape[0])
@@ -152,13 +156,13 @@ class CompiledLayer:
         bits = [bits_of(each).reshape(1, -1, d) for each in (query, key, value)]
         cos, sin = (bits_of(each).reshape(-1) for each in rotary)
         with threads_for(self.steps):
-            self.before(row, self.qkv, self.infinity, self.head_norms, cos, sin, self.none, threads, *bits)
+            _before(row, self.qkv, self.infinity, self.head_norms, cos, sin, self.none, threads, *bits)
         if cache is not None:
             key, value = cache.update(key, value, self.attention.layer_idx)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         scores = scores_of(mask, 1, key.shape[2])
         with threads_for(self.steps):
-            self.after(
+            _after(
                 row,
                 bits[0],
                 bits_of(key),
@@ -185,7 +189,7 @@ def _group(selector: Sparsify, rows: Rows, empty: np.ndarray) -> tuple:
     block = selection.block_size or features
     stored = (bits_of(weights.values),) if isinstance(weights, FloatWeights) else weights.arrays  # type: ignore[attr-defined]
     bias = empty if rows.bias is None else bits_of(rows.bias)
-    rounds, rescales = selection.quantization == "int8", selection.rescale == "l2"
+    rounds, rescales = selection.quantization == "int8", selection.rescale == "l2" and selection.sparsity > 0
     return gain, eps, unit_offset, block, selection.kept_of_block(features), rounds, rescales, stored, bias
 
 
@@ -207,7 +211,7 @@ class NumbaLayer:
         if len(formats) > 1 or not formats <= {FloatWeights, TernaryWeights}:
             return "its projections have weights of several formats"
         selections = [selector.selection for selector, _ in groups]
-        if any(each.rescale == "l2" and each.quantization == "none" for each in selections):
+        if any(each.rescale == "l2" and each.quantization == "none" and each.sparsity for each in selections):
             return "its selections rescale and do not round"
         if type(layer.mlp.activation()) not in ACTIVATION_NAMES:
             return f"its activation is {type(layer.mlp.activation()).__name__}"

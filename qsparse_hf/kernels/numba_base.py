@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -35,8 +36,20 @@ def _announce_compiling() -> None:
     )
 
 
+@cache
+def _stamp() -> tuple:
+    """What tells this version of all kernels from others: the time and size of their files."""
+    files = [*sorted(Path(__file__).parent.glob("*_numba.py")), Path(__file__)]
+    return tuple((file.name, file.stat().st_mtime, file.stat().st_size) for file in files)
+
+
 class _CompileCache(FunctionCache):
     """Numba's on-disk compile cache; any failure to read or write it means compiling again."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__(function)
+        # A kernel has others compiled into it, so that a change of any of these files is one of its own.
+        self._cache_file._source_stamp = _stamp()
 
     def load_overload(self, sig: tuple, target_context: object) -> object:
         found = super().load_overload(sig, target_context)

@@ -35,7 +35,7 @@ _PIECE = 1024
 
 
 @kernel(parallel=True, fastmath={"contract", "nsz"})
-def multiply_rows(values, indices, scale, weights, bias, residual, threads, y):
+def multiply_rows(values, indices, scale, weights, bias, residual, y):
     """`y [T, N] = (values @ weights[indices]) * scale + bias + residual`; an empty scale, bias or residual is none.
 
     `_PARTS` parts of the kept rows are summed in parallel, in fp32, and then added up, in the same order for any number
@@ -105,5 +105,5 @@ class NumbaSparseLinear:
         lists = bits(values, tokens, count), indices.contiguous().numpy().reshape(tokens, count), scales_of(scale)
         added = bits(bias, features), bits(residual, tokens, features)
         with threads_for(tokens * count * features):
-            multiply_rows(*lists, (bits(weight, *weight.shape),), *added, 0, bits(y, tokens, features))
+            multiply_rows(*lists, (bits(weight, *weight.shape),), *added, bits(y, tokens, features))
         return y

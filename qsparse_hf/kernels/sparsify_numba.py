@@ -131,6 +131,8 @@ def round_list(values, least, rescales, scale):
             level = np.rint(read(row[k]) * inverse)
             squares += level * level
             row[k] = write(level, values)
+        if largest == np.inf:  # of which no part is left
+            largest = np.float32(np.nan)
         scale[token] = np.float32(1) / np.sqrt(squares) if rescales and squares > 0 else largest / np.float32(127)
 
 

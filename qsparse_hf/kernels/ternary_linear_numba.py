@@ -23,6 +23,8 @@ _BYTES = 1024
 """Bytes of a row that a thread works on at a time: its sums of four outputs a byte stay in the first cache."""
 _ROWS = 64
 """Features whose products are added in 16 bits."""
+_PARTS = 8
+"""Parts in which values that are no whole numbers are summed."""
 
 
 def _adder(shift: int) -> Callable[..., None]:
@@ -52,10 +54,10 @@ _add_first, _add_second, _add_third, _add_fourth = map(_adder, (0, 2, 4, 6))
 
 
 @kernel()
-def _sum_levels(values, rows, codes, narrow, sums):
+def _add_levels(values, rows, codes, sums):
     """Add to `sums [4, N / 4]`, int32, levels `values [K]` times the codes 0 to 2 of these rows; return their sum."""
     total, width = np.int32(0), codes.shape[1]
-    levels = np.empty(_ROWS, np.int16)
+    levels, narrow = np.empty(_ROWS, np.int16), np.empty(_BYTES, np.int16)
     for first in range(0, values.size, _ROWS):
         row = rows[first : first + _ROWS]
         level = levels[: row.size]
@@ -81,8 +83,8 @@ def _sum_levels(values, rows, codes, narrow, sums):
 
 
 @kernel(fastmath={"contract", "nsz"})
-def _sum_values(values, rows, codes, narrow, sums):
-    """As `_sum_levels`, for values that are no whole numbers, in fp32."""
+def _add_values(values, rows, codes, sums):
+    """As `_add_levels`, for values that are no whole numbers, in fp32."""
     total, width = np.float32(0), codes.shape[1]
     for k in range(values.size):
         value, row = read(values[k]), codes[rows[k]]
@@ -94,52 +96,66 @@ def _sum_values(values, rows, codes, narrow, sums):
     return total
 
 
-def _multiplier(add: Callable, kind: type, fixed: int) -> Callable[..., None]:
-    """The product by one of the two ways to sum, in numbers of a kind; in a fixed number of parts unless that is 0."""
-
-    @kernel(parallel=True, fastmath={"contract", "nsz"})
-    def multiply(values, indices, scale, weights, bias, residual, threads, y):
-        """`y [T, N]` from values and indices `[T, K]`, whose parts are summed in parallel.
-
-        A weight is a code less one, so the sum of a token's values is taken off at the end. An empty scale, bias or
-        residual is none.
-        """
-        codes, alpha, first, step = weights
-        tokens, width = values.shape[0], codes.shape[1]
-        count = fixed if fixed else threads
-        sums, totals = np.empty((tokens, count, 4, width), kind), np.empty((tokens, count), kind)
-        share = (values.shape[1] + count - 1) // count
-        for work in prange(tokens * count):
-            token, part = work // count, work % count
-            begin, end = part * share, (part + 1) * share
-            narrow = np.empty(_BYTES, np.int16)
-            sums[token, part] = 0
-            totals[token, part] = add(
-                values[token, begin:end], indices[token, begin:end], codes, narrow, sums[token, part]
-            )
-        for work in prange(tokens * 4):
-            token, quarter = work // 4, work % 4
-            factor = scale[token] if scale.size else np.float32(1)
-            total = totals[token, 0]
-            for part in range(1, count):
-                total += totals[token, part]
-            for n in range(width):
-                summed = sums[token, 0, quarter, n]
-                for part in range(1, count):
-                    summed += sums[token, part, quarter, n]
-                out = first[n] + quarter * step[n]
-                value = np.float32(summed - total) * alpha[n] * factor
-                if bias.size:
-                    value += read(bias[out])
-                if residual.size:
-                    value = read(residual[token, out]) + read(write(value, y))
-                y[token, out] = write(value, y)
-
-    return multiply
+@kernel(parallel=True)
+def _sum_levels(values, indices, codes, parts):
+    """Sums `[T, P, 4, N / 4]` of parts of the kept rows, and of their values `[T, P]`: int32, exact in any order."""
+    tokens, share = values.shape[0], (values.shape[1] + parts - 1) // parts
+    sums, totals = np.zeros((tokens, parts, 4, codes.shape[1]), np.int32), np.empty((tokens, parts), np.int32)
+    for work in prange(tokens * parts):
+        token, part = work // parts, work % parts
+        begin, end = part * share, (part + 1) * share
+        totals[token, part] = _add_levels(values[token, begin:end], indices[token, begin:end], codes, sums[token, part])
+    return sums, totals
 
 
-# Sums of whole numbers are exact, so that their order does not matter. That of others depends on the number of parts.
-multiply_levels, multiply_values = _multiplier(_sum_levels, np.int32, 0), _multiplier(_sum_values, np.float32, 8)
+@kernel(parallel=True)
+def _sum_values(values, indices, codes):
+    """As `_sum_levels` in fp32, in `_PARTS` parts: their number decides on rounding, that of threads does not."""
+    tokens, share = values.shape[0], (values.shape[1] + _PARTS - 1) // _PARTS
+    sums, totals = np.zeros((tokens, _PARTS, 4, codes.shape[1]), np.float32), np.empty((tokens, _PARTS), np.float32)
+    for work in prange(tokens * _PARTS):
+        token, part = work // _PARTS, work % _PARTS
+        begin, end = part * share, (part + 1) * share
+        totals[token, part] = _add_values(values[token, begin:end], indices[token, begin:end], codes, sums[token, part])
+    return sums, totals
+
+
+@kernel(parallel=True, fastmath={"contract", "nsz"})
+def _finish(sums, totals, scale, weights, bias, residual, y):
+    """`y [T, N]` of the parts' sums, less that of a token's values, as a weight is a code less one."""
+    _, alpha, first, step = weights
+    tokens, parts, _, width = sums.shape
+    for work in prange(tokens * 4):
+        token, quarter = work // 4, work % 4
+        factor = scale[token] if scale.size else np.float32(1)
+        total = totals[token, 0]
+        for part in range(1, parts):
+            total += totals[token, part]
+        for n in range(width):
+            summed = sums[token, 0, quarter, n]
+            for part in range(1, parts):
+                summed += sums[token, part, quarter, n]
+            out = first[n] + quarter * step[n]
+            value = np.float32(summed - total) * alpha[n] * factor
+            if bias.size:
+                value += read(bias[out])
+            if residual.size:
+                value = read(residual[token, out]) + read(write(value, y))
+            y[token, out] = write(value, y)
+
+
+@kernel()
+def multiply_codes(values, indices, scale, weights, bias, residual, threads, y):
+    """`y [T, N]` from values and indices `[T, K]`, and weights as `TernaryWeights.arrays` has them.
+
+    Values are levels where there is a scale. An empty scale, bias or residual is none.
+    """
+    if scale.size:
+        levels, their_total = _sum_levels(values, indices, weights[0], max(1, threads // values.shape[0]))
+        _finish(levels, their_total, scale, weights, bias, residual, y)
+    else:
+        sums, total = _sum_values(values, indices, weights[0])
+        _finish(sums, total, scale, weights, bias, residual, y)
 
 
 class NumbaTernaryLinear:
@@ -160,7 +176,6 @@ class NumbaTernaryLinear:
 
         lists = bits(values, tokens, count), indices.contiguous().numpy().reshape(tokens, count), scales_of(scale)
         added = bits(bias, features), bits(residual, tokens, features)
-        multiply = multiply_values if scale is None else multiply_levels
         with threads_for(tokens * count * features):
-            multiply(*lists, weights.arrays, *added, torch.get_num_threads(), bits(y, tokens, features))
+            multiply_codes(*lists, weights.arrays, *added, torch.get_num_threads(), bits(y, tokens, features))
         return y

@@ -158,8 +158,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.shape[0] * CODES_IN_A_BYTE != self.out_features:
             raise ValueError("packed weights cannot be split among processes: tensor parallelism needs plain ones")
-        y = (F.linear(x, unpack(self.weight, x.dtype)) * self.scale()).to(x.dtype)
-        return y if self.bias is None else y + self.bias
+        weight = unpack(self.weight, x.dtype).mul_(self.scale().to(x.dtype))  # after it, a sum of codes could overflow
+        return F.linear(x, weight, self.bias)
 
     def check(self, place: str) -> None:
         """Raise a ValueError that begins with `place` and a tensor's name unless codes and scale are such."""

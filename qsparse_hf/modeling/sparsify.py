@@ -262,7 +262,9 @@ def select(
         if selection.sparsity == 0:
             x = FORMS[form](*inputs)
             return quantize_activations(x) if selection.quantization == "int8" else x
-    if selection.block_size == 1:  # all survive
+    if selection.sparsity == 0:  # nothing is selected, and so nothing is rescaled
+        selection = replace(selection, rescale="none")
+    elif selection.block_size == 1:  # all survive
         selection = replace(selection, sparsity=0, block_size=None)
     if implementation is None:
         with torch.no_grad():
