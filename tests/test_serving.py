@@ -36,7 +36,7 @@ def test_attention_of_some_heads_is_refused(tokens):
     model = make(sparse_config("llama"))
     half = model.config.attention_size // 2
     with (
-        mock.patch.dict(ALL_ATTENTION_FUNCTIONS._global_mapping, sdpa=lambda *a, **k: (torch.zeros(2, 24, half), None)),
+        mock.patch.dict(ALL_ATTENTION_FUNCTIONS._local_mapping, sdpa=lambda *a, **k: (torch.zeros(2, 24, half), None)),
         pytest.raises(ValueError, match=f"all {2 * half} features of a token's attention, and this process has {half}"),
     ):
         model(tokens)

@@ -181,7 +181,7 @@ def test_a_saved_folder_generates_without_this_package(family, tmp_path, tokens)
 
 
 NEWER = """
-import transformers
+import transformers.models.llama.modeling_llama  # which sets the version again
 transformers.__version__ = "5.99.0"
 import qsparse_hf
 """
