@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Q-Sparse BitNet: two norms more, which do the selecting before o and down, and squared ReLU.
+"""Q-Sparse BitNet: squared ReLU, and norms before o and down too, which do the selecting there.
 
-Its weights are ternary where the configuration says so, as for every family. Norms stand where BitNet b1.58 2B4T has
-them: before q, k and v, before o, before gate and up, and before down, one for each group. The first BitNet b1.58 has
-one inside each projection instead.
+They stand where BitNet b1.58 2B4T has them; the first BitNet b1.58 has one inside each projection instead.
 """
 
 from torch import Tensor
