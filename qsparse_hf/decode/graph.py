@@ -20,6 +20,7 @@ from transformers.utils import is_triton_available
 from ..modeling.backend import runs, say_once
 from ..modeling.sparsify import SURVIVORS, Sparsify
 from .attention import STEP_IMPLS, StepCache
+from .layout import copied_from
 from .transformers_names import CACHE
 
 
@@ -114,7 +115,12 @@ class DecodeGraph:
         """What the graph has baked in, addresses of weights and selections: it is captured again when these change."""
         tensors = (*self.model.parameters(), *self.model.buffers())
         places = tuple(tensor.data_ptr() for tensor in tensors)
-        return places, tuple(module.selection for module in self.model.modules() if isinstance(module, Sparsify))
+        copied = [each for each in map(copied_from, self.model.modules()) if each is not None]
+        return (
+            places,
+            [each._version for each in copied],
+            tuple(module.selection for module in self.model.modules() if isinstance(module, Sparsify)),
+        )
 
     @property
     def moved(self) -> bool:

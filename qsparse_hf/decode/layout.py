@@ -21,6 +21,13 @@ from .sparse_linear import sparse_linear
 from .weights import FloatWeights, TernaryWeights, Weights
 
 
+def copied_from(linear: nn.Module) -> Tensor | None:
+    """The tensor of a linear's that its rows hold a copy of, and no view; None where there is none."""
+    if isinstance(linear, TernaryLinear):
+        return linear.weight
+    return linear.weight_scale if isinstance(linear, PackedLinear) else None
+
+
 class Rows:
     """Input-major weights, side by side, of linears that read one input.
 
@@ -55,11 +62,9 @@ class Rows:
     @staticmethod
     def _places(linears: Sequence[Any]) -> list[tuple[int, int] | None]:
         """Where weights and biases lie, and how often those have changed of which this holds something else."""
-        copied = [linear.weight for linear in linears if isinstance(linear, TernaryLinear)]
-        copied += [linear.weight_scale for linear in linears if isinstance(linear, PackedLinear)]
         shared = [each for linear in linears for each in (linear.weight, linear.bias)]
         places = [None if each is None else (each.data_ptr(), 0) for each in shared]
-        return [*places, *((each.data_ptr(), each._version) for each in copied)]
+        return [*places, *((each.data_ptr(), each._version) for each in map(copied_from, linears) if each is not None)]
 
     def are_those_of(self, linears: Sequence[Any]) -> bool:
         """Whether the parameters still are those of this. Copying a model or assigning a state dict replaces them."""
